@@ -1,0 +1,1 @@
+"""The HTTP service of AsyncFlow (installed as `asyncflow_api`)."""

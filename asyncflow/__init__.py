@@ -1,0 +1,71 @@
+"""Asynchronous reinforcement learning of language models.
+
+The names below are the public interface; they are loaded when they are first used, so importing this package is free.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncflow.config import Config, load_config
+    from asyncflow.engines.base import (
+        Capabilities,
+        GenerationRequest,
+        LearnerEngine,
+        OptimStats,
+        RolloutEngine,
+        Served,
+        WeightSnapshot,
+    )
+    from asyncflow.errors import AsyncFlowError
+    from asyncflow.launch import Run, run
+    from asyncflow.report.audit import audit
+    from asyncflow.types import Completion, PolicyVersion, Sampling, TrainSample
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "asyncflow.config": ("Config", "load_config"),
+    "asyncflow.engines.base": (
+        "Capabilities",
+        "GenerationRequest",
+        "LearnerEngine",
+        "OptimStats",
+        "RolloutEngine",
+        "Served",
+        "WeightSnapshot",
+    ),
+    "asyncflow.errors": ("AsyncFlowError",),
+    "asyncflow.launch": ("Run", "run"),
+    "asyncflow.report.audit": ("audit",),
+    "asyncflow.types": ("Completion", "PolicyVersion", "Sampling", "TrainSample"),
+}
+
+__all__ = [
+    "AsyncFlowError",
+    "Capabilities",
+    "Completion",
+    "Config",
+    "GenerationRequest",
+    "LearnerEngine",
+    "OptimStats",
+    "PolicyVersion",
+    "RolloutEngine",
+    "Run",
+    "Sampling",
+    "Served",
+    "TrainSample",
+    "WeightSnapshot",
+    "audit",
+    "load_config",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'asyncflow' has no attribute {name!r}")

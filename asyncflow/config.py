@@ -1,0 +1,282 @@
+"""The configuration of a run: names, types, units and defaults. Everything that follows from something else is derived.
+
+Shapes and names are checked here. What needs knowledge of engines, data or algorithms is checked by `asyncflow.plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from asyncflow.errors import ConfigError
+from asyncflow.types import UpdateMode
+
+FOREIGN_NAMES: Mapping[str, str] = {
+    "n_samples_per_prompt": "num_generations",
+    "group_size": "num_generations",
+    "n": "num_generations",
+    "max_head_offpolicyness": "max_staleness",
+    "max_off_policy_steps": "max_staleness",
+    "staleness_threshold": "max_staleness",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "generate_max_len": "max_new_tokens",
+    "rollout_batch_size": "train_batch_size",
+    "lr": "learning_rate",
+    "actor_learning_rate": "learning_rate",
+    "max_steps": "steps",
+    "total_training_steps": "steps",
+    "reward_funcs": "reward",
+    "pretrain": "model",
+    "model_name_or_path": "model",
+    "num_iterations": "epochs_per_step",
+    "max_grad_norm": "grad_clip",
+}
+"""What other frameworks call our settings: used only to say the right name when one of these is met."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RewardConfig(Section):
+    """One reward function."""
+
+    use: str
+    """Short name (`last_number`), or import path `package.module:function`."""
+    weight: float = 1.0
+    """Factor of this function's value in the sum."""
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    train: str
+    """`reasoning_gym:<task>`, or the path of a .jsonl or .parquet file with a `prompt` column."""
+    eval: str | None = None
+    """Held-out problems from elsewhere; None holds out `eval_size` problems of `train`, apart by content."""
+    eval_size: int = Field(default=0, ge=0)
+    """Problems that are held out and never trained on; 0 is no evaluation. Accuracy is the share of them for which the
+    first reward function gives at least 1."""
+    size: int = Field(default=20_000, ge=1)
+    """Items that a generator makes; files give what they have."""
+    options: dict[str, Any] = {}
+    """Settings of the generator (`min_terms`, …)."""
+    template: str | None = None
+    """User message made from the item's columns, such as `What is {expression}?`; None takes the prompt as it is."""
+    shuffle: bool = True
+
+
+class RolloutConfig(Section):
+    """The rollout engine."""
+
+    engine: str = "vllm"
+    """Short name (`vllm`, `fake`) or import path `package.module:Class`."""
+    max_concurrency: int = Field(default=64, ge=1)
+    """Samples that are generated at once."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Tokens of the longest sequence, prompt and response; None takes the model's, at most 4096."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """In which weights are served."""
+    cores: tuple[int, ...] | None = None
+    """CPU cores of the engine; None derives them (on a machine without GPU: the upper half)."""
+    options: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+
+
+class LearnerConfig(Section):
+    """The learner engine."""
+
+    engine: str = "torch"
+    """Short name (`torch`, `fake`) or import path `package.module:Class`."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """In which forward and backward compute; master weights, accumulated gradients and optimizer state are fp32."""
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Prompt and response tokens of one forward and backward pass; at least one group is always taken."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of a step's gradient."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0; constant after that."""
+    cores: tuple[int, ...] | None = None
+    """CPU cores of the learner; None derives them (on a machine without GPU: the lower half)."""
+    options: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+
+
+class WeightsConfig(Section):
+    """How new weights reach the rollout engine."""
+
+    update: UpdateMode = "boundary"
+    """`boundary`: stop starting, finish what runs, swap. `in_flight`: swap in the middle of sequences."""
+    keep: int = Field(default=2, ge=1)
+    """Published versions that stay in memory."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    run_dir: Path | None = None
+    """Where the run is written; None makes `runs/<name>-<date>-<time>`."""
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Gradients are accumulated in sample order. With `max_staleness: 0` and a deterministic engine, the run is
+    repeatable to the bit."""
+
+    model: str
+    """Short name (`smollm2-135m`, `tiny`), local folder, or Hub id."""
+    data: DataConfig
+    reward: tuple[RewardConfig, ...]
+    """Functions whose weighted sum is the reward."""
+
+    algorithm: Literal["grpo"] = "grpo"
+    num_generations: int = Field(default=8, ge=2)
+    """Samples of one prompt (a group)."""
+    train_batch_size: int = Field(ge=1)
+    """Samples that one step consumes (B), whole groups."""
+    steps: int = Field(ge=1)
+    """Steps of the run; each publishes one policy version."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer updates into which a step's samples are split."""
+    epochs_per_step: int = Field(default=1, ge=1)
+    """How often a step goes over its samples."""
+    max_new_tokens: int = Field(ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(gt=0)
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """PPO: the ratio π_θ/π_prox is clipped below at 1 − clip_low."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """PPO: … and above at 1 + clip_high."""
+    importance_cap: float | None = Field(default=5.0, gt=0)
+    """The behaviour ratio π_prox/μ of a token weighs its loss up to this value; None does not truncate."""
+    zero_variance: Literal["skip", "keep", "refill"] = "skip"
+    """Groups whose rewards are all equal: consumed without being computed, trained, or replaced."""
+    max_refill: int | None = Field(default=None, ge=0)
+    """Groups that `zero_variance: refill` replaces in one step, before it skips; None is one step's worth."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Completions cut at `max_new_tokens`: trained like the others, or masked out of the loss."""
+
+    max_staleness: int = Field(default=1, ge=0)
+    """η: the learner may be at most this many policy versions ahead of the oldest token that it trains. 0 is
+    synchronous and on-policy."""
+    late_samples: Literal["wait"] = "wait"
+    """What happens to samples that would come too late: the learner waits for them, in admission order."""
+    max_failed_share: float = Field(default=0.2, ge=0, le=1)
+    """The run stops when more than this share of the finished samples is quarantined."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations while the run goes on; 0 evaluates before and after only."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward_forms(cls, value: object) -> object:
+        """`reward: name` and `reward: [name, {use: …, weight: …}]` mean the same as the full form."""
+        items = value if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ValueError("name at least one reward function")
+        return tuple({"use": item} if isinstance(item, str) else item for item in items)
+
+    @model_validator(mode="after")
+    def _batches_are_whole_groups(self) -> Self:
+        if self.train_batch_size % self.num_generations:
+            raise ValueError(
+                f"train_batch_size ({self.train_batch_size}) must be a multiple of num_generations "
+                f"({self.num_generations}), because a step trains whole groups"
+            )
+        if self.groups_per_step % self.updates_per_step:
+            raise ValueError(
+                f"updates_per_step ({self.updates_per_step}) must divide the {self.groups_per_step} groups of a step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_problems(self) -> Self:
+        if (self.eval_every or self.data.eval) and not self.data.eval_size:
+            raise ValueError("evaluation needs data.eval_size: set how many problems it uses")
+        return self
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.train_batch_size // self.num_generations
+
+
+def parse_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check plain values, after overrides of the form `a.b=value` (values are YAML).
+
+    Raises ConfigError with one sentence that names the key and says what would be right.
+    """
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(changed, override)
+    try:
+        return Config.model_validate(changed)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides, as `parse_config` does. Raises ConfigError."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}: name one that exists") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not {type(values).__name__}")
+    return parse_config(values, overrides)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"--set {override}: write key=value, such as --set rollout.engine=fake")
+    *parents, last = dotted.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _sentence(item: Any) -> str:
+    """One pydantic error as a sentence for the person who wrote the file."""
+    location = [part for part in item["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"{key} is not a setting{_suggestion(location)}"
+    if item["type"] == "missing":
+        return f"{key} is missing: set it"
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:
+        return str(message)
+    return f"{key}: {message[0].lower()}{message[1:]} (it is {item['input']!r})"
+
+
+def _suggestion(location: Sequence[str]) -> str:
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else RewardConfig
+    name = location[-1]
+    if name in FOREIGN_NAMES:
+        return f"; here it is called {FOREIGN_NAMES[name]}"
+    near = difflib.get_close_matches(name, section.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; the settings here are {', '.join(section.model_fields)}"

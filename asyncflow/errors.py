@@ -1,0 +1,92 @@
+"""Everything that can go wrong, as a tree.
+
+AsyncFlowError
+├── UserError               what a user can fix; the message says what to do
+│   ├── ConfigError         an unknown, contradictory or impossible setting
+│   ├── DataError           a missing, empty or malformed data set
+│   ├── ModelError          a model that is missing or cannot be loaded
+│   └── RewardError         a reward function that raises or returns something else than one number a completion
+├── StoreError
+│   ├── Closed              the store is closed and holds nothing more for this caller
+│   ├── LeaseLost           the lease expired or was taken back: its rows belong to somebody else now
+│   ├── IllegalTransition   a move that the life of a sample does not allow
+│   ├── StalenessViolation  a commit with a row older than `max_staleness`
+│   └── LedgerError         a ledger that is missing, newer than this program, not consistent, or cannot be written
+├── EngineError             an engine failed or does not do what it declared
+│   ├── WeightsError        weights that are missing, torn, or not the ones that were asked for
+│   └── PromptTooLong       a prompt that does not fit into the model's context
+└── RunFailed               the run stopped because of a failure, which is its cause
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AsyncFlowError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UserError(AsyncFlowError, ValueError):
+    """Something a user can fix; the message is one sentence that says what to do."""
+
+
+class ConfigError(UserError):
+    """An unknown, contradictory or impossible setting."""
+
+
+class DataError(UserError):
+    """A missing, empty or malformed data set."""
+
+
+class ModelError(UserError):
+    """A model that is missing or cannot be loaded."""
+
+
+class RewardError(UserError):
+    """A reward function that raises, or returns something else than one number a completion."""
+
+
+class StoreError(AsyncFlowError):
+    """Base of what the store refuses."""
+
+
+class Closed(StoreError):
+    """The store is closed and holds nothing more for this caller."""
+
+
+class LeaseLost(StoreError):
+    """The lease expired or was taken back: its rows belong to somebody else now."""
+
+    def __init__(self, message: str, *, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+        """Those rows of the call that are not held any more; the others still are. Empty for a call without rows."""
+
+
+class IllegalTransition(StoreError):
+    """A move that the life of a sample does not allow."""
+
+
+class StalenessViolation(StoreError):
+    """A commit with a row older than `max_staleness`."""
+
+
+class LedgerError(StoreError):
+    """A ledger that is missing, newer than this program, not consistent, or cannot be written."""
+
+
+class EngineError(AsyncFlowError):
+    """An engine failed, or does not do what it declared."""
+
+
+class WeightsError(EngineError):
+    """Weights that are missing, torn, or not the ones that were asked for."""
+
+
+class PromptTooLong(EngineError):
+    """A prompt that does not fit into the model's context."""
+
+
+class RunFailed(AsyncFlowError):
+    """The run stopped because of a failure, which is its `__cause__`."""

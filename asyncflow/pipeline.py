@@ -1,0 +1,172 @@
+"""The spine: every part of a run, in the order in which a sample passes them.
+
+     prompts ─► Feeder ─► ┌──────────── Store ────────────┐
+                          │  who is ready, who may have   │
+     EngineHost ◄─────────┤  it, how old is it            ├─────────► RewardWorker
+       ▲  RolloutWorker ─►│                               │◄───────── (columns appended)
+       │                  └───────────────┬───────────────┘
+       │                                  ▼  whole groups, in admission order
+     WeightFollower ◄── WeightChannel ◄── ActorUpdate
+
+Nobody calls the next one. What each one consumes, produces, waits for, and who lets it go on:
+
+    part            consumes             produces                 waits for                     until
+    Feeder          the prompt stream    groups of prompts        room under the bound          a commit or an update
+    RolloutWorker   prompts              completions, one by one  a free place in the engine    a sequence ends
+    RewardWorker    completions          rewards                  completions                   a sequence ends
+    ActorUpdate     whole scored groups  policy versions          the groups of its step        a reward arrives
+    WeightFollower  policy versions      what the engine serves   a publication                 a step ends
+    Evaluator       served versions      accuracy                 a version to evaluate         an update
+
+The graph is not written down anywhere: a stage gets a sample as soon as the columns that it needs are there. Another
+scoring stage is one entry in `stages`, its columns in `store.schema`, and one worker in `Pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from asyncflow.data import PromptStream, tokenise
+from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.weights.channel import WeightChannel
+from asyncflow.plan import Plan
+from asyncflow.rundir import LEDGER
+from asyncflow.store.broker import Store
+from asyncflow.store.events import Opened
+from asyncflow.store.schema import Schema, Stage
+from asyncflow.types import Int32s, Prompt, Recorder, Sampling
+from asyncflow.workers.actor_update import ActorUpdate
+from asyncflow.workers.base import Heartbeat, Worker
+from asyncflow.workers.evaluator import Evaluator
+from asyncflow.workers.feeder import Feeder
+from asyncflow.workers.reward import RewardWorker
+from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
+
+
+class Pipeline:
+    """One run, wired and not yet started. `workers` run until the store closes; who runs them is the runtime's matter.
+
+    `on_done` is called once, when the last step is committed and published.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        *,
+        rollout: RolloutEngine,
+        learner: LearnerEngine,
+        recorder: Recorder,
+        on_done: Callable[[], None],
+    ) -> None:
+        config = plan.config
+        schema = Schema(stages())
+        self.store = store
+        self.heartbeat = Heartbeat(store)
+
+        def tokens(prompt: Prompt) -> Int32s:
+            return tokenise(prompt, plan.tokenizer)
+
+        # Prompts are admitted as groups, as far ahead as max_staleness allows.
+        self.prompts = PromptStream(plan.problems.train, seed=config.seed, shuffle=config.data.shuffle)
+        self.feeder = Feeder(self.prompts, tokens, self.store)
+
+        # The rollout engine completes them.
+        self.host = EngineHost(rollout, "rollout-0")
+        self.rollout = RolloutWorker(
+            schema.stages["rollout"],
+            self.store,
+            self.heartbeat,
+            host=self.host,
+            sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
+            max_concurrency=config.rollout.max_concurrency,
+            seed=config.seed if config.deterministic else None,
+        )
+
+        # The reward functions score them.
+        self.reward = RewardWorker(schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward)
+
+        # The learner trains them and publishes new weights.
+        self.channel = WeightChannel(keep=config.weights.keep)
+        self.engine = learner
+        self.learner = ActorUpdate(
+            schema.stages["actor_update"],
+            self.store,
+            self.heartbeat,
+            engine=self.engine,
+            channel=self.channel,
+            recorder=recorder,
+            config=config,
+            generated_tokens=lambda: self.rollout.generated_tokens,
+            on_done=on_done,
+        )
+
+        # The weights go back into the rollout engine; some versions are evaluated on problems that nobody trains.
+        self.evaluator = Evaluator(
+            self.host,
+            plan.problems.eval,
+            tokens,
+            reward=plan.reward,
+            sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=0.0),
+            recorder=recorder,
+            every=config.eval_every,
+        )
+        self.weights = WeightFollower(
+            self.host, self.channel, self.store, recorder, mode=config.weights.update, on_served=self.evaluator.served
+        )
+
+    def interrupt(self) -> None:
+        """End what workers wait for, once they have been told to stop."""
+        self.heartbeat.stop()
+        self.host.cancel()
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Everything that has a loop of its own, in data order."""
+        return (
+            self.heartbeat,
+            self.feeder,
+            self.rollout,
+            self.reward,
+            self.learner,
+            self.weights,
+            self.evaluator,
+        )
+
+
+def stages() -> tuple[Stage, ...]:
+    """The stages of a run, in data order: what each needs and writes is all that the store has to know."""
+    return (
+        Stage(
+            name="rollout",
+            role="generate",
+            needs=("prompt_ids",),
+            writes=("response_ids", "rollout_logprobs", "token_versions", "response", "finish_reason"),
+        ),
+        Stage(
+            name="reward",
+            role="score",
+            needs=("prompt", "prompt_columns", "response", "response_ids"),
+            writes=("reward", "reward_parts"),
+        ),
+        Stage(
+            name="actor_update",
+            role="train",
+            needs=("prompt_ids", "response_ids", "rollout_logprobs", "token_versions", "finish_reason", "reward"),
+        ),
+    )
+
+
+def open_store(plan: Plan, run_dir: Path) -> Store:
+    """The store of a new run, under the terms to which it holds everybody. Raises LedgerError."""
+    config = plan.config
+    terms = Opened(
+        train_batch_size=config.train_batch_size,
+        num_generations=config.num_generations,
+        max_staleness=config.max_staleness,
+        last_version=config.steps,
+        min_group=2,
+        max_attempts=3,
+    )
+    return Store(Schema(stages()), terms, ledger=run_dir / LEDGER)

@@ -1,0 +1,187 @@
+"""From a configuration to everything that can be known before an engine starts. Every front end calls `plan` first.
+
+Whatever is impossible is refused here, in a sentence: a model or data file that is missing, a prompt that does not fit,
+a reward function that cannot work on these data, an engine that cannot do what the configuration asks of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from asyncflow.config import Config, RewardConfig
+from asyncflow.data import Problems, Tokenizer, check_lengths, load_problems, tokenise
+from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.models import ModelInfo, describe_model, load_tokenizer, resolve_model
+from asyncflow.engines.registry import learner_class, rollout_class
+from asyncflow.errors import ConfigError
+from asyncflow.placement import resolve_cores
+from asyncflow.rewards import Reward, load_reward
+
+DEFAULT_MAX_MODEL_LEN = 4096
+"""Tokens of the longest sequence unless the configuration says otherwise: longer ones cost KV cache."""
+
+CHECKED_PROMPTS = 5000
+"""Training prompts whose length is looked at before the run. A longer one further on fails alone, when it is drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that can start."""
+
+    config: Config
+    """With everything derived filled in."""
+    model: Path
+    info: ModelInfo
+    tokenizer: Tokenizer
+    problems: Problems
+    reward: Reward
+    make_rollout: Callable[[], RolloutEngine]
+    make_learner: Callable[[], LearnerEngine]
+
+
+def plan(
+    config: Config,
+    *,
+    rollout: RolloutEngine | None = None,
+    learner: LearnerEngine | None = None,
+    reward: Callable[..., Any] | None = None,
+) -> Plan:
+    """Resolve and check a configuration. Engines and a reward function made in Python take the named ones' place.
+
+    Raises UserError (ConfigError, ModelError, DataError, RewardError).
+    """
+    config = resolve_cores(config)
+    rollout_type = type(rollout) if rollout is not None else rollout_class(config.rollout.engine)
+    learner_type = type(learner) if learner is not None else learner_class(config.learner.engine)
+    _check_engines(config, rollout_type, learner_type)
+    # What is recorded is what runs, wherever it came from.
+    if rollout is not None:
+        config = _with(config, "rollout", engine=_import_path(rollout_type))
+    if learner is not None:
+        config = _with(config, "learner", engine=_import_path(learner_type))
+    problems = load_problems(config.data, config.seed)
+    scorer = load_reward(config.reward if reward is None else reward)
+    if reward is not None:
+        config = config.model_copy(update={"reward": tuple(RewardConfig(use=name) for name in scorer.names)})
+    scorer.probe(problems.train[0])
+    model = resolve_model(config.model)
+    info = describe_model(model)
+    config = _with_max_model_len(config, info)
+    assert config.rollout.max_model_len is not None
+    tokenizer = load_tokenizer(model)
+    for prompts in (problems.train, problems.eval):
+        if prompts:
+            tokenise(prompts[0], tokenizer)  # a chat prompt needs a chat template
+    limit = config.rollout.max_model_len - config.max_new_tokens
+    check_lengths(islice(problems.train, CHECKED_PROMPTS), tokenizer, limit=limit)
+    check_lengths(problems.eval, tokenizer, limit=limit)
+    return Plan(
+        config=config,
+        model=model,
+        info=info,
+        tokenizer=tokenizer,
+        problems=problems,
+        reward=scorer,
+        make_rollout=lambda: rollout if rollout is not None else rollout_type.from_config(config, model),
+        make_learner=lambda: learner if learner is not None else learner_type.from_config(config, model),
+    )
+
+
+def _check_engines(config: Config, rollout: type[RolloutEngine], learner: type[LearnerEngine]) -> None:
+    can = rollout.capabilities
+    if not can.logprobs:
+        raise ConfigError(
+            f"{rollout.__name__} does not return log-probs, which the correction for stale samples needs: "
+            f"use an engine that declares Capabilities(logprobs=True)"
+        )
+    if config.weights.update not in can.updates:
+        raise ConfigError(
+            f"{rollout.__name__} cannot take weights {config.weights.update}: "
+            f"set weights.update to {' or '.join(sorted(can.updates))}"
+        )
+    if can.weights != learner.weights:
+        raise ConfigError(
+            f"{rollout.__name__} serves {can.weights} weights and {learner.__name__} makes {learner.weights} weights: "
+            f"choose rollout.engine and learner.engine of one kind"
+        )
+    if config.deterministic and config.max_staleness == 0 and not can.deterministic:
+        raise ConfigError(
+            f"deterministic with max_staleness 0 promises a repeatable run, and {rollout.__name__} is not "
+            f"deterministic: set rollout.engine to one that is, or deterministic to false"
+        )
+
+
+def _with_max_model_len(config: Config, info: ModelInfo) -> Config:
+    asked = config.rollout.max_model_len
+    if asked is not None and asked > info.context:
+        raise ConfigError(f"rollout.max_model_len is {asked}, and {config.model} reads {info.context} tokens")
+    length = asked or min(info.context, DEFAULT_MAX_MODEL_LEN)
+    if config.max_new_tokens >= length:
+        raise ConfigError(
+            f"max_new_tokens ({config.max_new_tokens}) leaves no room for a prompt in {length} tokens: lower it"
+        )
+    return _with(config, "rollout", max_model_len=length)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _import_path(engine: type) -> str:
+    return f"{engine.__module__}:{engine.__qualname__}"
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan for people: what runs where, how much memory, what a step is, what the bound means."""
+    config, info = plan.config, plan.info
+    batch, bound = config.train_batch_size, config.max_staleness
+    ahead = (bound + 1) * batch
+    held_out = f", {len(plan.problems.eval)} held out by content" if plan.problems.eval else ""
+    sides = (("rollout", config.rollout.engine, config.rollout.cores, config.rollout.dtype),
+             ("learner", config.learner.engine, config.learner.cores, config.learner.dtype))  # fmt: skip
+    placement = "; ".join(
+        f"{name} {engine} ({dtype}) on {'all cores' if cores is None else 'core ' + ', '.join(map(str, cores))}"
+        for name, engine, cores, dtype in sides
+    )
+    bytes_served = info.parameters * (2 if config.rollout.dtype == "bf16" else 4)
+    learner_bytes = info.parameters * 16 + (info.parameters * 2 if config.learner.dtype == "bf16" else 0)
+    updates = config.updates_per_step * config.epochs_per_step
+    return [
+        ("model", f"{config.model}: {info.parameters / 1e6:.1f} M parameters, vocabulary {info.vocab:,}"),
+        ("data", f"{config.data.train}: {len(plan.problems.train):,} problems{held_out}"),
+        ("reward", " + ".join(f"{r.weight:g}·{r.use}" for r in config.reward)),
+        ("placement", placement),
+        (
+            "memory",
+            f"learner about {_gib(learner_bytes)} (fp32 master weights, gradient, two moments), engine weights "
+            f"{_gib(bytes_served)}, published versions {_gib((config.weights.keep + 1) * bytes_served)} shared",
+        ),
+        (
+            "step",
+            f"{batch} samples = {config.groups_per_step} prompts × {config.num_generations} completions of at most "
+            f"{config.max_new_tokens} tokens; {updates} optimizer update{'s' if updates > 1 else ''}, "
+            f"1 published version",
+        ),
+        ("run", f"{config.steps} steps = {config.steps * batch:,} samples"),
+        (
+            "staleness",
+            f"at most {bound} version{'' if bound == 1 else 's'}: up to {ahead} samples "
+            f"({ahead * config.max_new_tokens:,} response tokens) between admission and training, a token is trained "
+            f"at most {bound + 1} step time{'s' if bound else ''} after the weights that made it were published",
+        ),
+        ("updates", f"{config.weights.update}: " + UPDATE_MEANING[config.weights.update]),
+    ]
+
+
+UPDATE_MEANING = {
+    "boundary": "the engine finishes what runs, then takes new weights",
+    "in_flight": "the engine takes new weights between two tokens, and sequences go on with their old KV cache",
+}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,437 @@
+"""The account of a run, done again from its ledger.
+
+The audit reads events and nothing else. It keeps its own small books instead of asking the store's table, so that a
+mistake in the table's arithmetic shows up here as a violation and not as agreement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from asyncflow.errors import LedgerError
+from asyncflow.rundir import LEDGER
+from asyncflow.store.events import (
+    Acked,
+    Admitted,
+    Committed,
+    Dropped,
+    Leased,
+    Opened,
+    Quarantined,
+    Returned,
+    Served,
+)
+from asyncflow.store.journal import Record, read_ledger
+from asyncflow.types import PolicyVersion
+
+MAX_NAMED = 10
+"""How many ids one sentence names."""
+
+SKIPPED = "zero_variance_skipped"
+"""Reason under which a step's skipped samples are dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAccount:
+    """What one step consumed."""
+
+    version: PolicyVersion
+    """That the step was published as."""
+    trained: int
+    skipped: int
+    staleness_mean: float
+    """Over the trained samples; 0 when there are none."""
+    staleness_max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """The account of all samples of a run, and everything that is wrong with it."""
+
+    terms: Opened
+    admitted: int
+    trained: int
+    dropped: Mapping[str, int]
+    """Samples by reason."""
+    quarantined: int
+    quarantine_reasons: Mapping[str, int]
+    """Samples by reason."""
+    open: int
+    """Samples whose life had not ended when the ledger did."""
+    staleness: Mapping[int, int]
+    """Staleness in policy versions → trained samples, in ascending order."""
+    steps: tuple[StepAccount, ...]
+    spanning: int
+    """Trained samples with tokens of more than one policy version."""
+    max_span: int
+    """Most versions between the oldest and the newest token of one trained sample."""
+    violations: tuple[str, ...]
+    """One sentence for each broken promise."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+    @property
+    def balanced(self) -> bool:
+        return self.admitted == self.trained + sum(self.dropped.values()) + self.quarantined + self.open
+
+    @property
+    def equation(self) -> str:
+        """The balance as one line."""
+        sign = "=" if self.balanced else "≠"
+        dropped = sum(self.dropped.values())
+        return (
+            f"admitted {self.admitted:,} {sign} trained {self.trained:,} + dropped {dropped:,} "
+            f"+ quarantined {self.quarantined:,} + open {self.open:,}"
+        )
+
+    @property
+    def verdict(self) -> str:
+        """One sentence about everything."""
+        if self.violations:
+            many = len(self.violations)
+            return f"{many} violation{'s' if many > 1 else ''} found: this run did not keep its promises."
+        bound = self.terms.max_staleness
+        return f"The account balances and no trained sample is staler than max_staleness = {bound}."
+
+
+def audit(run_dir: Path) -> Audit:
+    """Do the account of a run from `run_dir/ledger.sqlite`, also while it goes on.
+
+    Raises LedgerError when the ledger is missing, newer than this program, or cannot be read to its end.
+    """
+    path = run_dir / LEDGER
+    records = read_ledger(path)
+    first = next(records, None)
+    if first is None or not isinstance(first.event, Opened):
+        raise LedgerError(f"{path} does not begin with the terms of a run: it holds no run, or its beginning is lost")
+    books = _Books(first.event)
+    for record in records:
+        try:
+            books.enter(record)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise LedgerError(f"{path}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from None
+    return books.close()
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What the audit remembers of a sample."""
+
+    group: int
+    end: str = ""
+    """trained, dropped or quarantined; empty while it is open."""
+    versions: tuple[PolicyVersion, PolicyVersion] | None = None
+    """Of its oldest and newest token."""
+    has_response: bool = False
+    leases: dict[str, int] = field(default_factory=dict)
+
+
+class _Books:
+    def __init__(self, terms: Opened) -> None:
+        self.terms = terms
+        self.samples: dict[int, _Sample] = {}
+        self.groups: dict[int, set[int]] = {}
+        """Open groups → their open samples."""
+        self.stages: dict[int, str] = {}
+        """Lease → stage."""
+        self.learner = PolicyVersion(n=0)
+        self.served: dict[str, PolicyVersion] = {}
+        self.admitted = self.trained = self.spanning = self.max_span = 0
+        self.dropped: Counter[str] = Counter()
+        self.quarantined: Counter[str] = Counter()
+        self.staleness: Counter[int] = Counter()
+        self.steps: list[StepAccount] = []
+        self.violations: list[str] = []
+        self.crowded = False
+        """Too much was admitted for the step under way; saying so once is enough."""
+        self._entries: dict[type, Callable[[int, Any], None]] = {
+            Opened: self._opened,
+            Admitted: self._admitted,
+            Leased: self._leased,
+            Acked: self._acked,
+            Returned: self._returned,
+            Committed: self._committed,
+            Dropped: self._dropped,
+            Quarantined: self._quarantined,
+            Served: self._served,
+        }
+
+    def enter(self, record: Record) -> None:
+        """Raises TypeError and the like for an event whose values are not what they should be."""
+        for name in ("rows", "trained", "skipped"):
+            ids = getattr(record.event, name, ())
+            if not isinstance(ids, tuple) or any(type(i) is not int for i in ids):
+                raise TypeError(f"{name} is not a list of sample ids")
+        entry = self._entries.get(type(record.event))
+        if entry is not None:
+            entry(record.lsn, record.event)
+
+    def close(self) -> Audit:
+        result = Audit(
+            terms=self.terms,
+            admitted=self.admitted,
+            trained=self.trained,
+            dropped=dict(self.dropped.most_common()),
+            quarantined=self.quarantined.total(),
+            quarantine_reasons=dict(self.quarantined.most_common()),
+            open=sum(not sample.end for sample in self.samples.values()),
+            staleness=dict(sorted(self.staleness.items())),
+            steps=tuple(self.steps),
+            spanning=self.spanning,
+            max_span=self.max_span,
+            violations=(),
+        )
+        if not result.balanced:
+            self.violations.insert(0, f"the account does not balance: {result.equation}")
+        return replace(result, violations=tuple(self.violations))
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _opened(self, lsn: int, _: Opened) -> None:
+        self._object(f"event {lsn} opens the run a second time")
+
+    def _admitted(self, lsn: int, event: Admitted) -> None:
+        size = self.terms.num_generations
+        groups = range(event.first_group, event.first_group + len(event.prompt_tokens))
+        ids = range(event.first_sample, event.first_sample + len(groups) * size)
+        if reused := [i for i in ids if i in self.samples]:
+            self._object(f"event {lsn} admits {_named(reused)} again: ids must never be reused")
+        for offset, sample_id in enumerate(ids):
+            group = groups[offset // size]
+            self.samples[sample_id] = _Sample(group=group)
+            self.groups.setdefault(group, set()).add(sample_id)
+        self.admitted += len(ids)
+        self._check_room(lsn)
+
+    def _check_room(self, lsn: int) -> None:
+        """Not more steps may be open than the bound leaves between the slowest engine and the learner."""
+        if not self.served:
+            self._object(f"event {lsn} admits samples while no engine serves")
+            return
+        slowest = min(version.n for version in self.served.values())
+        steps = self.terms.max_staleness + 1 - max(0, self.learner.n - slowest)
+        places = len(self.groups) * self.terms.num_generations
+        if places > steps * self.terms.train_batch_size and not self.crowded:
+            self.crowded = True
+            self._object(
+                f"event {lsn} admits beyond the bound: {places} places are open, "
+                f"{max(0, steps) * self.terms.train_batch_size} are allowed"
+            )
+
+    def _leased(self, lsn: int, event: Leased) -> None:
+        self.stages[event.lease_id] = event.stage
+        for sample_id in self._open(lsn, event.kind, event.rows):
+            leases = self.samples[sample_id].leases
+            if event.stage in leases:
+                self._object(
+                    f"event {lsn} leases sample {sample_id} to {event.stage}, whose lease {leases[event.stage]} has it"
+                )
+            leases[event.stage] = event.lease_id
+
+    def _acked(self, lsn: int, event: Acked) -> None:
+        self._release(lsn, event)
+        for index, sample_id in enumerate(event.rows):
+            sample = self.samples.get(sample_id)
+            if sample is None or not event.tokens:
+                continue
+            sample.has_response = True
+            oldest, newest = event.oldest[index], event.newest[index]
+            if oldest is None or newest is None:
+                continue
+            sample.versions = span = PolicyVersion.unpack(oldest), PolicyVersion.unpack(newest)
+            if span[0] > span[1]:
+                self._object(f"the token versions of sample {sample_id} span from {span[0]} back to {span[1]}")
+            if span[1].n > self.learner.n:
+                self._object(
+                    f"the token versions of sample {sample_id} reach {span[1]}, before anything after {self.learner} "
+                    "was trained"
+                )
+
+    def _returned(self, lsn: int, event: Returned) -> None:
+        self._release(lsn, event)
+
+    def _committed(self, lsn: int, event: Committed) -> None:
+        version, number = PolicyVersion.unpack(event.version), len(self.steps) + 1
+        step = f"step {number} (version {version})"
+        if version.n != self.learner.n + 1 or version.incarnation < self.learner.incarnation:
+            self._object(f"{step} does not follow on version {self.learner}: version numbers must be consecutive")
+        rows = [*event.trained, *event.skipped]
+        if twice := [i for i, times in Counter(event.trained).items() if times > 1 or self._ended(i) == "trained"]:
+            self._object(f"{step} trains {_named(twice)}, which had been trained already")
+        self._check_whole_step(step, rows)
+        self._check_trainable(step, event.trained)
+        ages = {i: self._age(i) for i in event.trained}
+        if late := {i: age for i, age in ages.items() if age > self.terms.max_staleness}:
+            listed = _listed([f"{i} (staleness {age})" for i, age in late.items()])
+            self._object(f"{step} trains above the bound of {self.terms.max_staleness}: sample {listed}")
+        self._end(lsn, event.kind, event.trained, "trained")
+        self._end(lsn, event.kind, event.skipped, "dropped")
+        self.trained += len(event.trained)
+        if event.skipped:
+            self.dropped[SKIPPED] += len(event.skipped)
+        self.staleness.update(ages[i] for i in event.trained)
+        for sample_id in event.trained:
+            self._count_span(sample_id)
+        self.steps.append(
+            StepAccount(
+                version=version,
+                trained=len(event.trained),
+                skipped=len(event.skipped),
+                staleness_mean=sum(ages.values()) / len(ages) if ages else 0.0,
+                staleness_max=max(ages.values(), default=0),
+            )
+        )
+        self.learner, self.crowded = version, False
+
+    def _check_whole_step(self, step: str, rows: Sequence[int]) -> None:
+        groups = {self.samples[i].group for i in rows if i in self.samples}
+        if missing := sorted(set().union(*(self.groups.get(group, set()) for group in groups)).difference(rows)):
+            self._object(f"{step} cuts a group: it leaves out {_named(missing)}")
+        places = len(groups) * self.terms.num_generations
+        if places != self.terms.train_batch_size:
+            self._object(
+                f"{step} is not one whole step: it consumes {places} places, not {self.terms.train_batch_size}"
+            )
+
+    def _check_trainable(self, step: str, rows: Sequence[int]) -> None:
+        known = {i: self.samples[i] for i in rows if i in self.samples}
+        if empty := [i for i, sample in known.items() if not sample.has_response]:
+            self._object(f"{step} trains {_named(empty)} without a response")
+        if free := [i for i, sample in known.items() if not sample.leases and not sample.end]:
+            self._object(f"{step} trains {_named(free)} without a lease")
+
+    def _dropped(self, lsn: int, event: Dropped) -> None:
+        self.dropped[event.reason] += len(event.rows)
+        self._end(lsn, event.kind, event.rows, "dropped")
+
+    def _quarantined(self, lsn: int, event: Quarantined) -> None:
+        self.quarantined[event.reason] += len(event.rows)
+        self._end(lsn, event.kind, event.rows, "quarantined")
+
+    def _served(self, lsn: int, event: Served) -> None:
+        if event.version is None:
+            self.served.pop(event.engine, None)
+            return
+        version = self.served[event.engine] = PolicyVersion.unpack(event.version)
+        if version.n > self.learner.n:
+            self._object(f"event {lsn}: engine {event.engine} serves {version}, which nothing was trained for yet")
+
+    # -- books ---------------------------------------------------------------------------------------------------------
+
+    def _object(self, sentence: str) -> None:
+        self.violations.append(sentence)
+
+    def _ended(self, sample_id: int) -> str:
+        sample = self.samples.get(sample_id)
+        return sample.end if sample else ""
+
+    def _age(self, sample_id: int) -> int:
+        """Learner version before the step minus that of the oldest token."""
+        sample = self.samples.get(sample_id)
+        return self.learner.n - sample.versions[0].n if sample and sample.versions else 0
+
+    def _count_span(self, sample_id: int) -> None:
+        sample = self.samples.get(sample_id)
+        if sample and sample.versions and sample.versions[0] != sample.versions[1]:
+            self.spanning += 1
+            self.max_span = max(self.max_span, sample.versions[1].n - sample.versions[0].n)
+
+    def _open(self, lsn: int, kind: str, rows: Iterable[int]) -> list[int]:
+        """Those rows that are open; the others are objected to."""
+        rows = list(rows)
+        if unknown := [i for i in rows if i not in self.samples]:
+            self._object(f"event {lsn} ({kind}) names {_named(unknown)}, which was never admitted")
+        if ended := [i for i in rows if self._ended(i)]:
+            states = ", ".join(sorted({self._ended(i) for i in ended}))
+            self._object(f"event {lsn} ({kind}) names {_named(ended)}, which had ended already ({states})")
+        return [i for i in dict.fromkeys(rows) if i in self.samples and not self._ended(i)]
+
+    def _release(self, lsn: int, event: Acked | Returned) -> None:
+        stage = self.stages.get(event.lease_id, "")
+        rows = self._open(lsn, event.kind, event.rows)
+        if foreign := [i for i in rows if self.samples[i].leases.get(stage) != event.lease_id]:
+            self._object(
+                f"event {lsn} ({event.kind}) names {_named(foreign)}, which lease {event.lease_id} did not have"
+            )
+        for sample_id in rows:
+            self.samples[sample_id].leases.pop(stage, None)
+
+    def _end(self, lsn: int, kind: str, rows: Sequence[int], end: str) -> None:
+        for sample_id in self._open(lsn, kind, rows):
+            sample = self.samples[sample_id]
+            sample.end = end
+            members = self.groups[sample.group]
+            members.discard(sample_id)
+            if not members:
+                del self.groups[sample.group]
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MAX_NAMED:,} more" if len(items) > MAX_NAMED else ""
+    return ", ".join(items[:MAX_NAMED]) + more
+
+
+def _named(sample_ids: Sequence[int]) -> str:
+    return f"sample {_listed([str(i) for i in sample_ids])}"
+
+
+# -- for the terminal --------------------------------------------------------------------------------------------------
+
+BAR = 40
+"""Characters of the longest bar."""
+
+
+def render(audit: Audit) -> str:
+    """The audit as text: the balance, what was lost and why, the staleness histogram with its bound, the verdict."""
+    parts = [audit.equation, *_reasons(audit), "", *_histogram(audit), "", _steps(audit), ""]
+    if audit.violations:
+        parts += [*(f"✗ {_plain(sentence)}" for sentence in audit.violations), ""]
+    parts.append(f"{'✓' if audit.ok else '✗'} {audit.verdict}")
+    return "\n".join(parts)
+
+
+def _reasons(audit: Audit) -> list[str]:
+    lines = [("dropped", reason, count) for reason, count in audit.dropped.items()]
+    lines += [("quarantined", reason, count) for reason, count in audit.quarantine_reasons.items()]
+    width = max((len(f"{count:,}") for _, _, count in lines), default=0)
+    return [f"  {end:<11} {count:>{width},}  {_plain(reason)}" for end, reason, count in lines]
+
+
+def _histogram(audit: Audit) -> list[str]:
+    bound, most = audit.terms.max_staleness, max(audit.staleness.values(), default=0)
+    lines = [f"Staleness of the {audit.trained:,} trained samples, in policy versions (max_staleness = {bound})"]
+    values = range(min([0, *audit.staleness]), max([bound, *audit.staleness]) + 1)
+    counts = {value: audit.staleness.get(value, 0) for value in values}
+    label = max(len(str(value)) for value in values)
+    number = max(len(f"{count:,}") for count in counts.values())
+    for value, count in counts.items():
+        share = f"{count / audit.trained:6.1%}" if audit.trained else ""
+        lines.append(f"  {value:>{label}} │{_bar(count, most):<{BAR}} {count:>{number},} {share}".rstrip())
+        if value == bound:
+            lines.append(f"  {'':>{label}} ┝{'╌' * (BAR - 6)} bound")
+    return lines
+
+
+def _bar(count: int, most: int) -> str:
+    """A bar in eighths of a character; whatever is not zero can be seen."""
+    eighths = max(1, round(count / most * BAR * 8)) if count else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _steps(audit: Audit) -> str:
+    terms = audit.terms
+    line = f"{len(audit.steps):,} steps of {terms.train_batch_size} places, groups of {terms.num_generations}"
+    if audit.spanning:
+        line += f"; {audit.spanning:,} trained samples span policy versions, at most {audit.max_span}"
+    return line
+
+
+def _plain(text: str) -> str:
+    """Text from elsewhere on one line, without characters that could steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,270 @@
+"""The shell around the table: one lock, condition waits, journal, data. Decisions are the table's.
+
+Every operation is: decide (pure) → journal → apply → wake those for whom something may have become possible.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from asyncflow.clock import Clock, SystemClock
+from asyncflow.errors import Closed, StoreError
+from asyncflow.store.client import Counts, Lease, LeasedRow
+from asyncflow.store.events import Event, Leased, Opened
+from asyncflow.store.journal import Journal
+from asyncflow.store.lifecycle import OPEN_STATES
+from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
+from asyncflow.store.segments import MemorySegments
+from asyncflow.store.table import ADMISSION, Table
+from asyncflow.types import PolicyVersion
+
+T = TypeVar("T")
+
+
+class Store:
+    """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
+
+    def __init__(self, schema: Schema, opened: Opened, *, ledger: Path, clock: Clock | None = None) -> None:
+        self.table = Table(schema, opened)
+        self._schema = schema
+        self._clock = clock or SystemClock()
+        self._segments = MemorySegments()
+        self._journal = Journal(ledger)
+        self._journal.append([opened], self._clock.wall())
+        self._lock = threading.RLock()
+        self._changed = {topic: threading.Condition(self._lock) for topic in (ADMISSION, *schema.stages)}
+        self._closed = False
+
+    # -- StoreClient ---------------------------------------------------------------------------------------------------
+
+    def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
+        prompts = _conform(prompts, PROMPT_COLUMNS)
+        tokens = _lengths(prompts.column("prompt_ids"))
+        if not tokens:
+            return ()
+
+        def attempt(_: float) -> tuple[int, ...] | None:
+            if self.table.admit(tokens, frame=0) is None:
+                return None
+            first = self.table.next_group
+            with self._frame(prompts, rows=len(tokens) * self.table.group_size) as frame:
+                self._perform(self.table.admit(tokens, frame=frame) or [])
+            return tuple(range(first, first + len(tokens)))
+
+        return self._wait(ADMISSION, attempt, timeout)
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+    ) -> Lease | None:
+        if stage not in self._schema.stages:
+            raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(self._schema.stages)}")
+
+        def attempt(now: float) -> Lease | None:
+            events = self.table.lease(
+                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
+            )
+            self._perform(events)
+            leased = events[-1] if events else None
+            return self._deliver(leased) if isinstance(leased, Leased) else None
+
+        return self._wait(stage, attempt, timeout)
+
+    def renew(self, lease_id: int, *, ttl: float) -> None:
+        with self._operation() as now:
+            self._perform(self.table.renew(lease_id, deadline=now + ttl))
+
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+        columns = _conform(columns, tuple(dict.fromkeys(columns.schema.names)))
+        if len(columns) != len(sample_ids):
+            raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
+        if not sample_ids:
+            return
+        _same_lengths(columns)
+        tokens: Sequence[int] = ()
+        oldest: Sequence[int | None] = ()
+        newest: Sequence[int | None] = ()
+        if "token_versions" in columns.schema.names:
+            tokens = _lengths(columns.column("response_ids"))
+            oldest, newest = _version_span(columns.column("token_versions"))
+        with self._operation(), self._frame(columns, rows=len(sample_ids)) as frame:
+            self._perform(
+                self.table.ack(
+                    lease_id,
+                    sample_ids,
+                    columns=self._schema.mask(columns.schema.names),
+                    frame=frame,
+                    tokens=tokens,
+                    oldest=oldest,
+                    newest=newest,
+                )
+            )
+
+    def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
+        with self._operation():
+            self._perform(self.table.nack(lease_id, sample_ids, reason=reason, final=final))
+
+    def commit(
+        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+    ) -> None:
+        with self._operation():
+            self._perform(self.table.commit(leases=leases, trained=trained, skipped=skipped, version=version))
+
+    def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
+        with self._operation():
+            self._perform(self.table.drop(sample_ids, reason=reason))
+
+    def serve(self, engine: str, version: PolicyVersion | None) -> None:
+        with self._operation():
+            self._perform(self.table.serve(engine, version))
+
+    def counts(self) -> Counts:
+        with self._lock:
+            table = self.table
+            oldest = min((row.oldest for row in table.rows.values() if row.oldest is not None), default=None)
+            return Counts(
+                admitted=table.next_sample,
+                trained=table.ended["trained"],
+                dropped=table.dropped(),
+                quarantined=table.ended["quarantined"],
+                states={state.value: table.states[state] for state in OPEN_STATES},
+                leased=table.leased(),
+                capacity=table.capacity(),
+                learner=table.learner,
+                served=dict(table.served),
+                oldest=None if oldest is None else PolicyVersion.unpack(oldest),
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._journal.close()
+            for condition in self._changed.values():
+                condition.notify_all()
+
+    # -- the shell -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _operation(self) -> Iterator[float]:
+        """Hold the lock for one operation; the value is the time at which it begins."""
+        with self._lock:
+            if self._closed:
+                raise Closed("the store is closed")
+            now = self._clock.monotonic()
+            deadline = self.table.next_deadline()
+            if deadline is not None and deadline <= now:
+                self._perform(self.table.expire(now))
+            yield now
+
+    @contextmanager
+    def _frame(self, columns: pa.RecordBatch, *, rows: int) -> Iterator[int]:
+        """Keep data for what is done inside; when that fails, nobody needs them."""
+        frame = self._segments.write(columns, rows=rows)
+        try:
+            yield frame
+        except BaseException:
+            self._segments.release(frame, rows)
+            raise
+
+    def _wait(self, topic: str, attempt: Callable[[float], T | None], timeout: float) -> T | None:
+        """Call `attempt` now and whenever the topic has changed, until it returns something or time is up."""
+        deadline = self._clock.monotonic() + timeout
+        while True:
+            with self._operation() as now:
+                result = attempt(now)
+                if result is not None or now >= deadline:
+                    return result
+                wake = self.table.next_deadline()
+                self._changed[topic].wait(min(deadline, wake if wake is not None else deadline) - now)
+
+    def _perform(self, events: Sequence[Event]) -> None:
+        """Journal decisions, then apply them, then wake the waiters. All of one operation or nothing."""
+        self._journal.append(events, self._clock.wall())
+        topics: set[str] = set()
+        alarm = self.table.next_deadline()
+        for event in events:
+            for row_id in event.ends:
+                for _, frame, _ in self.table.rows[row_id].frames:
+                    self._segments.release(frame)
+            topics |= self.table.apply(event)
+        # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
+        # of a dead worker come back even when nothing else happens.
+        earliest = self.table.next_deadline()
+        if earliest is not None and (alarm is None or earliest < alarm):
+            topics.update(self._changed)
+        for topic in topics:
+            self._changed[topic].notify_all()
+
+    def _deliver(self, leased: Leased) -> Lease:
+        """The rows of a lease with the columns that its stage needs."""
+        stage = self._schema.stages[leased.stage]
+        rows = [self.table.rows[sample_id] for sample_id in leased.rows]
+        arrays = []
+        for column in stage.needs:
+            bit = self._schema.bit(column)
+            places = [next((f, o) for mask, f, o in row.frames if mask & bit) for row in rows]
+            arrays.append(self._segments.gather(column, places))
+        return Lease(
+            lease_id=leased.lease_id,
+            stage=leased.stage,
+            rows=tuple(
+                LeasedRow(sample_id=r.sample_id, group_id=r.group_id, attempt=r.attempts[leased.stage]) for r in rows
+            ),
+            data=pa.RecordBatch.from_arrays(arrays, names=list(stage.needs)),
+            deadline=leased.deadline,
+            slots=len({r.group_id for r in rows}) * self.table.group_size,
+        )
+
+
+def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+    """The batch with exactly these columns in their types. Raises StoreError naming what does not fit."""
+    missing = [name for name in columns if name not in batch.schema.names]
+    unknown = [name for name in batch.schema.names if name not in COLUMNS or name not in columns]
+    twice = sorted({name for name in batch.schema.names if batch.schema.names.count(name) > 1})
+    if missing or unknown or twice:
+        wrong = {"missing": missing, "not expected": unknown, "there twice": twice}
+        found = "; ".join(f"{', '.join(names)} {what}" for what, names in wrong.items() if names)
+        raise StoreError(f"columns do not fit: {found}")
+    arrays = []
+    for name in columns:
+        array = batch.column(name)
+        if array.type != COLUMNS[name]:
+            try:
+                array = array.cast(COLUMNS[name])
+            except pa.ArrowException as error:
+                raise StoreError(f"column {name} must be {COLUMNS[name]}, not {array.type}: {error}") from None
+        empty = array.null_count or (array.flatten().null_count if pa.types.is_list(array.type) else 0)
+        if empty:
+            raise StoreError(f"column {name} has {empty} empty values: every sample and token needs one")
+        arrays.append(array)
+    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _lengths(lists: pa.ListArray) -> list[int]:
+    return [int(n) for n in np.diff(lists.offsets.to_numpy())]
+
+
+def _same_lengths(batch: pa.RecordBatch) -> None:
+    """Columns with a value for each response token must agree on how many there are."""
+    lengths = {name: _lengths(batch.column(name)) for name in TOKEN_COLUMNS if name in batch.schema.names}
+    for name, found in lengths.items():
+        first = next(iter(lengths))
+        if found != lengths[first]:
+            raise StoreError(f"columns {first} and {name} do not have the same number of tokens in each sample")
+
+
+def _version_span(versions: pa.ListArray) -> tuple[list[int | None], list[int | None]]:
+    """Oldest and newest packed version in each row."""
+    spans = [row.values.to_numpy() if len(row.values) else None for row in versions]
+    return (
+        [None if span is None else int(span.min()) for span in spans],
+        [None if span is None else int(span.max()) for span in spans],
+    )

@@ -1,0 +1,130 @@
+"""The one interface through which everybody talks to the store, embedded or over a wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from asyncflow.types import PolicyVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeasedRow:
+    """One row of a lease."""
+
+    sample_id: int
+    group_id: int
+    attempt: int
+    """1 for the first time that this stage gets the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Rows that belong to one worker until it acks or nacks them or the deadline passes."""
+
+    lease_id: int
+    """Fencing token: grows with every lease, and a call with an old one is refused."""
+    stage: str
+    rows: tuple[LeasedRow, ...]
+    """In admission order; whole groups for the training stage."""
+    data: pa.RecordBatch
+    """The columns that the stage needs, one row for each of `rows`, in the same order."""
+    deadline: float
+    """On the store's monotonic clock."""
+    slots: int
+    """Training stage only: how many of the step's `train_batch_size` these groups count for. More than `len(rows)`
+    when samples of a group were lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The account of all samples: `admitted == trained + dropped + quarantined + open` always."""
+
+    admitted: int
+    trained: int
+    dropped: Mapping[str, int]
+    """By reason."""
+    quarantined: int
+    states: Mapping[str, int]
+    """Open samples by state of their life."""
+    leased: Mapping[str, int]
+    """Samples out on lease, by stage."""
+    capacity: int
+    """Samples that could be admitted now."""
+    learner: PolicyVersion
+    served: Mapping[str, PolicyVersion]
+    """Version that each rollout engine serves."""
+    oldest: PolicyVersion | None
+    """Oldest policy version among the tokens of the open samples."""
+
+    @property
+    def open(self) -> int:
+        return sum(self.states.values())
+
+
+class StoreClient(Protocol):
+    """All calls are blocking, thread-safe and have a deadline. One that raises has changed nothing.
+
+    Besides what is said below, a call raises Closed when the store is closed (`counts` still answers), and LedgerError
+    when what it does cannot be recorded, because the disk is full for example.
+    """
+
+    def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
+        """Add one group for each row of `prompts` (the prompt columns), once the staleness bound leaves room.
+
+        All of them or none. Returns the group ids, or None when there was no room within `timeout` seconds. Raises
+        StoreError for columns that do not fit, and for more groups at once than the bound could ever hold.
+        """
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+    ) -> Lease | None:
+        """Take up to `max_rows` rows (for the training stage whole groups, at least one) that are ready for `stage`.
+
+        `max_tokens` bounds prompt and response tokens together; one row (or group) is always given. Returns None when
+        nothing was ready within `timeout` seconds. Raises StoreError for a stage that there is not.
+        """
+
+    def renew(self, lease_id: int, *, ttl: float) -> None:
+        """Move the deadline to `ttl` seconds from now. Raises LeaseLost."""
+
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+        """Append all of the stage's columns to some rows of a lease, and give these back. All of it happens or nothing.
+
+        Raises StoreError for columns that do not fit, LeaseLost naming the rows that are not in the lease any more.
+        """
+
+    def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
+        """Give rows back undone. `final`, or too many attempts, quarantines them with all their reasons.
+
+        Raises LeaseLost naming the rows that are not in the lease any more.
+        """
+
+    def commit(
+        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+    ) -> None:
+        """Record that a step's rows are in the weights that will be published as `version`.
+
+        Each of `trained` and `skipped` is held under one of these `leases` of the training stage, of which some may
+        have ended; `skipped` counts towards the step and ends as dropped. Raises LeaseLost naming the rows that are not
+        held, StalenessViolation, or IllegalTransition when the rows are not exactly one step.
+        """
+
+    def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
+        """End rows without training them; their places in the step go to later ones."""
+
+    def serve(self, engine: str, version: PolicyVersion | None) -> None:
+        """Say that a rollout engine serves this version from now on (None: it is gone).
+
+        Raises IllegalTransition for a version that no commit has made yet, and for an older one than the engine served
+        before: one that has to go back says None first, and joins again.
+        """
+
+    def counts(self) -> Counts:
+        """The account, at one moment."""
+
+    def close(self) -> None:
+        """Wake all waiters with Closed. What is in the store stays in the ledger. May be called twice."""

@@ -1,0 +1,60 @@
+"""The life of a sample as a table. `docs/lifecycle.md` draws it; `Table` is the only one that moves a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from asyncflow.errors import IllegalTransition
+
+
+class State(StrEnum):
+    """Where a sample is. Who moves it on is said beside each."""
+
+    PROMPTED = "prompted"  # rollout leases it
+    GENERATING = "generating"  # rollout acks it, or its lease ends
+    GENERATED = "generated"  # the scoring stages ack it
+    REWARDED = "rewarded"  # all columns that training needs are there; actor update leases it
+    TRAINING = "training"  # actor update commits it, or its lease ends
+    TRAINED = "trained"  # end
+    DROPPED = "dropped"  # end, with a reason
+    QUARANTINED = "quarantined"  # end, with its reasons
+
+
+class Move(StrEnum):
+    """What can happen to a sample."""
+
+    START_GENERATING = "start_generating"
+    RETURN_PROMPT = "return_prompt"
+    GENERATE = "generate"
+    COMPLETE_SCORES = "complete_scores"
+    START_TRAINING = "start_training"
+    RETURN_SCORED = "return_scored"
+    TRAIN = "train"
+    DROP = "drop"
+    QUARANTINE = "quarantine"
+
+
+OPEN_STATES = (State.PROMPTED, State.GENERATING, State.GENERATED, State.REWARDED, State.TRAINING)
+END_STATES = (State.TRAINED, State.DROPPED, State.QUARANTINED)
+
+TRANSITIONS: Mapping[tuple[State, Move], State] = {
+    (State.PROMPTED, Move.START_GENERATING): State.GENERATING,
+    (State.GENERATING, Move.RETURN_PROMPT): State.PROMPTED,
+    (State.GENERATING, Move.GENERATE): State.GENERATED,
+    (State.GENERATED, Move.COMPLETE_SCORES): State.REWARDED,
+    (State.REWARDED, Move.START_TRAINING): State.TRAINING,
+    (State.TRAINING, Move.RETURN_SCORED): State.REWARDED,
+    (State.TRAINING, Move.TRAIN): State.TRAINED,
+    **{(state, Move.DROP): State.DROPPED for state in OPEN_STATES},
+    **{(state, Move.QUARANTINE): State.QUARANTINED for state in OPEN_STATES},
+}
+"""All legal moves; every other pair is refused."""
+
+
+def next_state(state: State, move: Move) -> State:
+    """Where `move` leads from `state`. Raises IllegalTransition when it is not legal there."""
+    try:
+        return TRANSITIONS[state, move]
+    except KeyError:
+        raise IllegalTransition(f"a sample that is {state} cannot {move}") from None

@@ -1,0 +1,334 @@
+"""The learner: takes scored groups as they become ready, accumulates gradients, and steps when B places are consumed.
+
+A step streams: groups are trained while later ones of the same step are still being generated. It waits for all of its
+groups only where it has to: with more than one update a step, π_prox must be computed before the first of them; and
+`deterministic` accumulates in sample order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from asyncflow.algorithms.advantages import group_advantages, is_zero_variance
+from asyncflow.algorithms.losses import merge, summarise
+from asyncflow.config import Config
+from asyncflow.engines.base import LearnerEngine, OptimStats
+from asyncflow.engines.weights.channel import WeightChannel
+from asyncflow.store.client import Lease, StoreClient
+from asyncflow.store.schema import Stage
+from asyncflow.types import PolicyVersion, Recorder, TrainSample
+from asyncflow.workers.arrow import floats, ragged, strings
+from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
+
+REFILLED = "zero_variance_refilled"
+
+S = TypeVar("S", TrainSample, "Scored")
+
+
+@dataclass
+class Step:
+    """What has been gathered for the step under way."""
+
+    began: float
+    places: int = 0
+    """Of `train_batch_size`, consumed so far."""
+    refilled: int = 0
+    """Groups that were dropped and replaced."""
+    held: list[HeldLease] = field(default_factory=list)
+    waiting: list[TrainSample] = field(default_factory=list)
+    """Samples that have not been through the model yet."""
+    trained: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    denominator: int = 0
+    """Tokens in the loss of the optimizer update under way."""
+    updates: list[OptimStats] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    rewards: list[float] = field(default_factory=list)
+    reward_stds: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    truncated: int = 0
+    staleness: list[int] = field(default_factory=list)
+    spans: int = 0
+    """Trained samples whose tokens come from more than one policy version."""
+    forward_backward_s: float = 0.0
+    optim_s: float = 0.0
+
+
+class ActorUpdate(StageWorker):
+    """Consumes scored groups, produces policy versions. Waits for the groups of its step; a reward completes one."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        store: StoreClient,
+        heartbeat: Heartbeat,
+        *,
+        engine: LearnerEngine,
+        channel: WeightChannel,
+        recorder: Recorder,
+        config: Config,
+        generated_tokens: Callable[[], int],
+        on_done: Callable[[], None],
+    ) -> None:
+        super().__init__(stage, store, heartbeat)
+        self._engine = engine
+        self._channel = channel
+        self._recorder = recorder
+        self._config = config
+        self._generated_tokens = generated_tokens
+        self._on_done = on_done
+        self._one_update = config.updates_per_step == config.epochs_per_step == 1
+        self._streams = self._one_update and not config.deterministic
+        self._max_refill = config.groups_per_step if config.max_refill is None else config.max_refill
+        self.version = PolicyVersion(n=0)
+        """Of the weights that the engine holds."""
+        self._step: Step | None = None
+        self._generated_before = 0
+        if config.learner.cores is not None:
+            torch.set_num_threads(len(config.learner.cores))
+
+    def publish(self) -> None:
+        """Put the current weights into the channel under the current version."""
+        began = time.monotonic()
+        snapshot = self._channel.publish(self.version, self._engine.export_weights())
+        self._recorder.log(
+            "weights",
+            {"version": str(self.version), "digest": snapshot.digest, "publish_s": time.monotonic() - began},
+        )
+
+    # -- a lease ---------------------------------------------------------------------------------------------------
+
+    def room(self) -> int:
+        return self._config.train_batch_size
+
+    def max_tokens(self) -> int | None:
+        return self._config.learner.micro_batch_tokens
+
+    def turn(self) -> None:
+        if self._step is None:
+            self._step = Step(began=time.monotonic())
+        super().turn()
+
+    def process(self, held: HeldLease) -> None:
+        step = self._step
+        assert step is not None, "a turn begins a step"
+        step.held.append(held)
+        for group in groups_of(held.lease):
+            self._take(step, held, group)
+        if self._streams:
+            self._forward_backward(step, step.waiting)
+            step.waiting = []
+        if step.places == self._config.train_batch_size:
+            self._finish(step)
+
+    def _take(self, step: Step, held: HeldLease, group: Sequence[Scored]) -> None:
+        """Decide what becomes of one group: trained, skipped or replaced."""
+        ids = [scored.sample_id for scored in group]
+        rewards = np.array([scored.reward for scored in group], dtype=np.float64)
+        flat = is_zero_variance(rewards)
+        if flat and self._config.zero_variance == "refill" and step.refilled < self._max_refill:
+            step.refilled += 1
+            self.store.drop(ids, reason=REFILLED)
+            held.forget(ids)
+            return
+        step.places += self._config.num_generations
+        step.rewards += rewards.tolist()
+        step.reward_stds.append(float(rewards.std()))
+        step.lengths += [len(scored.response_ids) for scored in group]
+        step.truncated += sum(scored.truncated for scored in group)
+        if flat and self._config.zero_variance != "keep":
+            step.skipped += ids
+            return
+        step.trained += ids
+        advantages = group_advantages(rewards)
+        for scored, advantage in zip(group, advantages, strict=True):
+            sample = scored.to_train(float(advantage), masked=scored.truncated and self._config.truncated == "mask")
+            step.waiting.append(sample)
+            step.staleness.append(self.version.n - scored.oldest.n)
+            step.spans += scored.oldest != scored.newest
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, step: Step) -> None:
+        # An update cannot be taken back, so nothing that goes into it may be lost before the commit.
+        for held in step.held:
+            held.renew()
+        if not self._streams:
+            self._train_gathered(step)
+        elif step.denominator:
+            self._update(step)
+        version = replace(self.version, n=self.version.n + 1)
+        sync_began = time.monotonic()
+        leases = [held.lease.lease_id for held in step.held]
+        self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
+        for held in step.held:
+            held.forget([row.sample_id for row in held.lease.rows])
+        self.version = version
+        self.publish()
+        self._report(step, weight_sync_s=time.monotonic() - sync_began)
+        self._step = None
+        if self.version.n == self._config.steps:
+            self._on_done()
+
+    def _train_gathered(self, step: Step) -> None:
+        """Train a step whose samples are all there: `epochs_per_step` times over `updates_per_step` parts."""
+        samples = sorted(step.waiting, key=lambda sample: sample.sample_id)
+        if not samples:
+            return
+        if not self._one_update:
+            began = time.monotonic()
+            proximal = [logprobs for part in self._micro_batches(samples) for logprobs in self._engine.logprobs(part)]
+            step.forward_backward_s += time.monotonic() - began
+            samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, proximal, strict=True)]
+        for _ in range(self._config.epochs_per_step):
+            for part in split_groups(samples, self._config.updates_per_step):
+                for micro_batch in self._micro_batches(part):
+                    self._forward_backward(step, micro_batch)
+                if step.denominator:
+                    self._update(step)
+
+    def _forward_backward(self, step: Step, samples: Sequence[TrainSample]) -> None:
+        tokens = int(sum(sample.mask.sum() for sample in samples))
+        if not tokens:
+            return
+        began = time.monotonic()
+        step.sums = merge(step.sums, self._engine.forward_backward(samples))
+        step.forward_backward_s += time.monotonic() - began
+        step.denominator += tokens
+
+    def _update(self, step: Step) -> None:
+        began = time.monotonic()
+        step.updates.append(self._engine.optim_step(step.denominator))
+        step.optim_s += time.monotonic() - began
+        step.denominator = 0
+
+    def _micro_batches(self, samples: Sequence[TrainSample]) -> Iterable[list[TrainSample]]:
+        """Whole groups, as many as `micro_batch_tokens` allows, in order."""
+        batch: list[TrainSample] = []
+        tokens = 0
+        for group in by_group(samples):
+            size = sum(sample.tokens for sample in group)
+            if batch and tokens + size > self._config.learner.micro_batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch += group
+            tokens += size
+        if batch:
+            yield batch
+
+    def _report(self, step: Step, *, weight_sync_s: float) -> None:
+        seconds = time.monotonic() - step.began
+        generated = self._generated_tokens()
+        groups = len(step.reward_stds)
+        busy = step.forward_backward_s + step.optim_s + weight_sync_s
+        last = step.updates[-1] if step.updates else None
+        self._recorder.log(
+            "step",
+            {
+                "step": self.version.n,
+                "policy_version": str(self.version),
+                "reward": float(np.mean(step.rewards)),
+                "reward_std": float(np.mean(step.reward_stds)),
+                "frac_reward_zero_std": sum(std == 0.0 for std in step.reward_stds) / groups,
+                "completions/mean_length": float(np.mean(step.lengths)),
+                "completions/truncated_frac": step.truncated / len(step.lengths),
+                "samples": len(step.trained),
+                "skipped": len(step.skipped),
+                "refilled_groups": step.refilled,
+                "sample/staleness_mean": float(np.mean(step.staleness)) if step.staleness else 0.0,
+                "sample/staleness_max": max(step.staleness, default=0),
+                "sample/version_spans": step.spans,
+                "updates": len(step.updates),
+                "grad_norm": last.grad_norm if last else 0.0,
+                "learning_rate": last.learning_rate if last else 0.0,
+                **summarise(step.sums),
+                "step_time": seconds,
+                "perf/rollout_wait_s": max(0.0, seconds - busy),
+                "perf/fwd_bwd_s": step.forward_backward_s,
+                "perf/optim_s": step.optim_s,
+                "perf/weight_sync_s": weight_sync_s,
+                "rollout/generated_tok_s": (generated - self._generated_before) / seconds,
+                "rollout/completions_s": len(step.lengths) / seconds,
+            },
+        )
+        self._generated_before = generated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One row of a lease of the training stage."""
+
+    sample_id: int
+    group_id: int
+    prompt_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
+    response_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
+    behaviour_logprobs: np.ndarray[tuple[int], np.dtype[np.float32]]
+    oldest: PolicyVersion
+    newest: PolicyVersion
+    truncated: bool
+    reward: float
+
+    def to_train(self, advantage: float, *, masked: bool) -> TrainSample:
+        """As the engine sees it. The end-of-sequence token is a token like the others; a masked sample has none."""
+        shape = self.response_ids.shape
+        return TrainSample(
+            sample_id=self.sample_id,
+            group_id=self.group_id,
+            prompt_ids=self.prompt_ids,
+            response_ids=self.response_ids,
+            mask=np.full(shape, not masked),
+            behaviour_logprobs=self.behaviour_logprobs,
+            advantages=np.full(shape, advantage, dtype=np.float32),
+        )
+
+
+def groups_of(lease: Lease) -> list[list[Scored]]:
+    """The rows of a lease, group by group."""
+    data = lease.data
+    columns = zip(
+        lease.rows,
+        ragged(data.column("prompt_ids")),
+        ragged(data.column("response_ids")),
+        ragged(data.column("rollout_logprobs")),
+        ragged(data.column("token_versions")),
+        strings(data.column("finish_reason")),
+        floats(data.column("reward")),
+        strict=True,
+    )
+    scored = [
+        Scored(
+            sample_id=row.sample_id,
+            group_id=row.group_id,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            behaviour_logprobs=logprobs,
+            oldest=PolicyVersion.unpack(versions.min()),
+            newest=PolicyVersion.unpack(versions.max()),
+            truncated=finish_reason == "length",
+            reward=float(reward),
+        )
+        for row, prompt_ids, response_ids, logprobs, versions, finish_reason, reward in columns
+    ]
+    return by_group(scored)
+
+
+def by_group(samples: Sequence[S]) -> list[list[S]]:
+    """Samples of one group together, groups in order of their first sample."""
+    groups: dict[int, list[S]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, []).append(sample)
+    return list(groups.values())
+
+
+def split_groups(samples: Sequence[TrainSample], parts: int) -> list[list[TrainSample]]:
+    """Whole groups in `parts` parts as equal as can be, in order; fewer parts when there are fewer groups."""
+    groups = by_group(samples)
+    bounds = np.linspace(0, len(groups), min(parts, len(groups)) + 1).round().astype(int)
+    return [[sample for group in groups[a:b] for sample in group] for a, b in pairwise(bounds)]

@@ -1,0 +1,29 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncflow.launch import Run, launch, resolve
+from asyncflow.plan import plan
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+
+RunTiny = Callable[..., Run]
+
+
+@pytest.fixture
+def run_tiny(tmp_path: Path) -> RunTiny:
+    """Runs configs/tiny.yaml with changes, in a directory of its own."""
+
+    def run(*overrides: str, rollout: Any = None, learner: Any = None, reward: Any = None) -> Run:
+        run_dir = tmp_path / "run"
+        ready = plan(resolve(TINY, [*overrides, f"run_dir={run_dir}"]), rollout=rollout, learner=learner, reward=reward)
+        return launch(ready)
+
+    return run

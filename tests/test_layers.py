@@ -1,0 +1,200 @@
+"""The rules about imports that keep the parts apart, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = (
+    ("types", "errors", "clock", "rundir", "user_code"),
+    ("config",),
+    ("store",),
+    ("algorithms",),
+    ("rewards", "data"),
+    ("engines",),
+    ("workers",),
+    ("placement",),
+    ("plan",),
+    ("pipeline",),
+    ("runtime",),
+    ("report",),
+    ("launch",),
+    ("api",),
+    ("cli",),
+)
+"""A part imports from itself and from parts in lines above its own."""
+
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+
+HEAVY_AT_IMPORT = ("torch", "transformers", "vllm", "deepspeed", "ray", "matplotlib")
+TORCH_LIVES_IN = ("algorithms", "engines", "workers")
+LIVES_IN = {
+    "vllm": {
+        "asyncflow/engines/vllm.py",
+        "asyncflow/engines/weights/vllm_plugin.py",
+        "asyncflow/engines/weights/vllm_transfer.py",
+    },
+    "deepspeed": {"asyncflow/engines/deepspeed.py"},
+    "ray": {"asyncflow/runtime/ray.py"},
+}
+"""The only files that import these packages, at any level."""
+
+UNSAFE = ("pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """One import in a source file."""
+
+    file: str
+    part: str
+    """First name below `asyncflow`, `api` for the service, or `` for the package itself."""
+    module: str
+    """Full name of what is imported."""
+    line: int
+    when: str
+    """`load` (with the file), `call` (inside a function) or `types` (for the type checker only)."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+    @property
+    def target(self) -> str | None:
+        """The part of this project that is imported."""
+        names = self.module.split(".")
+        if names[0] == "asyncflow_api":
+            return "api"
+        return names[1] if names[0] == "asyncflow" and len(names) > 1 else None
+
+    @property
+    def package(self) -> str:
+        return self.module.split(".")[0]
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in ("asyncflow", "api") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports_of(source: str, file: str) -> Iterator[Import]:
+    names = Path(file).with_suffix("").parts
+    part = "api" if names[0] == "api" else "" if names[1] == "__init__" else names[1]
+    package = ["asyncflow_api" if names[0] == "api" else "asyncflow", *names[1:-1]]
+
+    def walk(node: ast.AST, when: str) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inner = when
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                inner = "call"
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                inner = "types"
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                for module in modules(child):
+                    yield Import(file=file, part=part, module=module, line=child.lineno, when=when)
+            yield from walk(child, inner)
+
+    def modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+        if isinstance(node, ast.Import):
+            return [alias.name for alias in node.names]
+        above = package[: len(package) - node.level + 1] if node.level else []
+        base = ".".join([*above, *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names] if base == "asyncflow" else [base]
+
+    yield from walk(ast.parse(source), "load")
+
+
+@pytest.fixture(scope="module")
+def imports() -> list[Import]:
+    return [found for path in sources() for found in imports_of(path.read_text("utf-8"), str(path.relative_to(ROOT)))]
+
+
+def test_the_reader_of_imports_sees_all_of_them() -> None:
+    source = (
+        "from __future__ import annotations\nimport torch.nn\nfrom asyncflow import plan\nfrom . import base\n"
+        "from ..store import table\nif TYPE_CHECKING:\n    import ray\n"
+        "class A:\n    import vllm\n    def f(self):\n        from asyncflow_api.app import create_app\n"
+        "try:\n    import pickle\nexcept ImportError:\n    pass\n"
+    )
+
+    found = [(one.module, one.target, one.when) for one in imports_of(source, "asyncflow/engines/new.py")]
+
+    assert found == [
+        ("__future__", None, "load"),
+        ("torch.nn", None, "load"),
+        ("asyncflow.plan", "plan", "load"),
+        ("asyncflow.engines", "engines", "load"),
+        ("asyncflow.store", "store", "load"),
+        ("ray", None, "types"),
+        ("vllm", None, "load"),
+        ("asyncflow_api.app", "api", "call"),
+        ("pickle", None, "load"),
+    ]
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {
+        path.stem for path in (ROOT / "asyncflow").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+
+    assert parts - {"__init__"} <= RANK.keys()
+
+
+def test_each_part_imports_only_from_layers_before_its_own(imports: list[Import]) -> None:
+    wrong = [
+        str(one)
+        for one in imports
+        # The package's own file names the public interface, which is everywhere, and loads it on demand.
+        if one.part and one.target and one.target != one.part and RANK[one.target] >= RANK[one.part]
+    ]
+
+    assert not wrong
+
+
+def test_importing_the_package_imports_no_part_of_it(imports: list[Import]) -> None:
+    assert not [str(one) for one in imports if not one.part and one.target and one.when == "load"]
+
+
+def test_only_the_command_line_knows_the_service(imports: list[Import]) -> None:
+    assert not [str(one) for one in imports if one.target == "api" and one.part not in ("api", "cli")]
+
+
+def test_torch_is_loaded_only_by_parts_that_hold_tensors(imports: list[Import]) -> None:
+    assert not [
+        str(one) for one in imports if one.package == "torch" and one.when == "load" and one.part not in TORCH_LIVES_IN
+    ]
+
+
+@pytest.mark.parametrize("package", LIVES_IN)
+def test_an_engine_package_is_known_in_as_few_files_as_possible(imports: list[Import], package: str) -> None:
+    assert not [str(one) for one in imports if one.package == package and one.file not in LIVES_IN[package]]
+
+
+def test_nothing_is_ever_pickled(imports: list[Import]) -> None:
+    wrong = [str(one) for one in imports if one.package in UNSAFE]
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            unsafe_numpy = any(option.arg == "allow_pickle" for option in node.keywords)
+            if called in ("torch.load", "torch.save") or called.endswith(".read_pickle") or unsafe_numpy:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {called}")
+
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["asyncflow", "asyncflow.cli.main"])
+def test_importing_the_front_door_loads_nothing_heavy(module: str) -> None:
+    program = f"import sys, {module}; print(*(name for name in {HEAVY_AT_IMPORT!r} if name in sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
