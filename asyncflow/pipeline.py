@@ -169,4 +169,4 @@ def open_store(plan: Plan, run_dir: Path) -> Store:
         min_group=2,
         max_attempts=3,
     )
-    return Store(Schema(stages()), terms, ledger=run_dir / LEDGER)
+    return Store.create(Schema(stages()), terms, ledger=run_dir / LEDGER)

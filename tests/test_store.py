@@ -57,7 +57,7 @@ class Bench:
     def __init__(self, folder: Path, *, clock: Clock | None = None, serves: bool = True, **changes: Any) -> None:
         self.ledger = folder / "ledger.sqlite"
         self.terms = terms(**changes)
-        self.store = Store(SCHEMA, self.terms, ledger=self.ledger, clock=clock)
+        self.store = Store.create(SCHEMA, self.terms, ledger=self.ledger, clock=clock)
         if serves:
             self.store.serve("engine", PolicyVersion(n=0))
 
@@ -639,12 +639,12 @@ def test_a_store_can_be_closed_while_its_ledger_is_read(tmp_path: Path) -> None:
 
 def test_a_ledger_is_never_overwritten(bench: Bench) -> None:
     with pytest.raises(LedgerError, match="exists already"):
-        Store(SCHEMA, bench.terms, ledger=bench.ledger)
+        Store.create(SCHEMA, bench.terms, ledger=bench.ledger)
 
 
 def test_a_ledger_that_cannot_be_made_says_where(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"nowhere.*: name a directory that can be written"):
-        Store(SCHEMA, terms(), ledger=tmp_path / "nowhere" / "ledger.sqlite")
+        Store.create(SCHEMA, terms(), ledger=tmp_path / "nowhere" / "ledger.sqlite")
 
 
 @contextmanager

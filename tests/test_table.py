@@ -825,10 +825,11 @@ def test_a_lease_of_another_stage_is_none_to_commit_under() -> None:
     bench.commit([0, 1], leases=[judge.lease_id, train.lease_id, 77])  # and one that has ended does no harm
 
 
-def test_a_restarted_learner_takes_a_new_incarnation_and_the_next_number(step: Bench) -> None:
-    step.commit([0, 1, 2, 3], version=PolicyVersion(incarnation=1, n=1))
+def test_an_incarnation_changes_only_when_the_run_resumes(step: Bench) -> None:
+    with pytest.raises(IllegalTransition, match=r"the version after 0\.0 is not 1\.1"):
+        step.commit([0, 1, 2, 3], version=PolicyVersion(incarnation=1, n=1))
 
-    assert step.table.learner == PolicyVersion(incarnation=1, n=1)
+    assert step.table.learner == PolicyVersion(n=0)
 
 
 # -- what engines say --------------------------------------------------------------------------------------------------

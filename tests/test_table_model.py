@@ -27,6 +27,8 @@ from asyncflow.errors import IllegalTransition, LeaseLost, StoreError
 from asyncflow.store.events import (
     Acked,
     Admitted,
+    Amended,
+    Checkpointed,
     Committed,
     Dropped,
     Event,
@@ -34,6 +36,7 @@ from asyncflow.store.events import (
     Opened,
     Quarantined,
     Renewed,
+    Resumed,
     Returned,
     Served,
     from_json,
@@ -75,9 +78,10 @@ class Sample:
     """Stage → lease."""
     attempts: Counter[str] = field(default_factory=Counter)
     reasons: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
     oldest: int | None = None
     """Version of its oldest token as the engine really generated it."""
-    end: str = ""
+    newest: int | None = None
 
 
 class Witness:
@@ -86,6 +90,13 @@ class Witness:
         self.stages = {stage.name: stage for stage in stages}
         self.open: dict[int, Sample] = {}
         self.leases: dict[int, tuple[str, float]] = {}
+        self.bounds: dict[int, int] = {}
+        """Lease → max_staleness when it was given."""
+        self.lowered = False
+        """The bound was lower than it is now at some time, or is lower than it was: rows may be late honestly."""
+        self.consumed: dict[int, tuple[list[Sample], list[Sample]]] = {}
+        """Step → what it trained and skipped, as long as it can be taken back."""
+        self.resumed = 0
         self.served: dict[str, int] = {}
         self.learner = 0
         self.admitted = 0
@@ -127,7 +138,8 @@ class Witness:
         insist(event.first_sample == self.admitted, "ids are never reused", event)
         for offset, tokens in enumerate(event.prompt_tokens):
             for _ in range(self.terms.num_generations):
-                self.open[self.admitted] = Sample(self.admitted, event.first_group + offset, tokens)
+                group = event.first_group + offset
+                self.open[self.admitted] = Sample(self.admitted, group, tokens, prompt_tokens=tokens)
                 self.admitted += 1
 
     def _leased(self, event: Leased) -> None:
@@ -135,6 +147,7 @@ class Witness:
         insist(len(set(event.rows)) == len(event.rows) > 0, "a lease names each of its rows once", event)
         role = self.stages[event.stage].role
         self.leases[event.lease_id] = (event.stage, event.deadline)
+        self.bounds[event.lease_id] = self.terms.max_staleness
         for sample_id in event.rows:
             insist(sample_id in self.open, "only open samples are leased", sample_id)
             sample = self.open[sample_id]
@@ -167,6 +180,8 @@ class Witness:
                 sample.state = "generated"
                 sample.tokens += event.tokens[index]
                 sample.oldest = self.real[sample_id]
+                newest = event.newest[index]
+                sample.newest = None if newest is None else PolicyVersion.unpack(newest).n
             if sample.state == "generated" and self.scored <= sample.done:
                 sample.state = "rewarded"
 
@@ -199,19 +214,24 @@ class Witness:
         places = len(groups) * self.terms.num_generations
         insist(places == self.terms.train_batch_size, "a step consumes exactly B places", places)
         for sample_id in rows:
-            staleness = self.staleness(self.open[sample_id])
-            insist(staleness <= self.terms.max_staleness, "staleness never exceeds the bound", staleness, sample_id)
+            sample = self.open[sample_id]
+            staleness, bound = self.staleness(sample), self.bounds[sample.held[TRAIN.name]]
+            insist(staleness <= bound, "staleness never exceeds the bound", staleness, sample_id)
             self.worst = max(self.worst, staleness)
-        number = PolicyVersion.unpack(event.version).n
-        insist(number == self.learner + 1, "versions are consecutive", number, self.learner)
-        self.learner = number
+        version = PolicyVersion.unpack(event.version)
+        insist(version.n == self.learner + 1, "versions are consecutive", version, self.learner)
+        insist(version.incarnation == self.resumed, "a number never names two sets of weights", version)
+        self.learner = version.n
+        if self.terms.resumable:
+            step = [self.open[i] for i in event.trained], [self.open[i] for i in event.skipped]
+            self.consumed[self.learner] = step
         self._finish(event.trained, "trained")
         self._finish(event.skipped, "dropped")
 
     def _dropped(self, event: Dropped) -> None:
         if event.reason == LATE:
             self.late += len(event.rows)
-            insist(not self.honest, "no row is ever late while engines are honest", event)
+            insist(not self.honest or self.lowered, "no row is ever late while engines are honest", event)
         self._finish(event.rows, "dropped")
 
     def _quarantined(self, event: Quarantined) -> None:
@@ -222,6 +242,41 @@ class Witness:
             self.served.pop(event.engine, None)
         else:
             self.served[event.engine] = PolicyVersion.unpack(event.version).n
+
+    def _amended(self, event: Amended) -> None:
+        self.lowered |= event.max_staleness < self.terms.max_staleness
+        self.terms = replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+
+    def _checkpointed(self, event: Checkpointed) -> None:
+        oldest = PolicyVersion.unpack(event.oldest).n
+        self.consumed = {n: step for n, step in self.consumed.items() if n > oldest}
+
+    def _resumed(self, event: Resumed) -> None:
+        version = PolicyVersion.unpack(event.version)
+        self.resumed += 1
+        insist(version.incarnation == self.resumed, "a number never names two sets of weights", version)
+        insist(version.n <= self.learner, "nobody resumes from what was never made", version)
+        self.learner = version.n
+        self.served.clear()
+        for sample in self.open.values():
+            for stage in sample.held:
+                sample.attempts[stage] -= 1  # it was no attempt: the process went away, not the sample
+            sample.held.clear()
+            sample.state = {"generating": "prompted", "training": "rewarded"}.get(sample.state, sample.state)
+        for n in [n for n in self.consumed if n > version.n]:
+            trained, skipped = self.consumed.pop(n)
+            self.ends["trained"] -= len(trained)
+            self.ends["dropped"] -= len(skipped)
+            for sample in [*trained, *skipped]:
+                sample.state = "rewarded"
+                sample.held.clear()
+                self.open[sample.sample_id] = sample
+        for sample in self.open.values():
+            if sample.newest is not None and sample.newest > version.n:
+                sample.state, sample.oldest, sample.newest = "prompted", None, None
+                sample.tokens = sample.prompt_tokens
+                sample.done.clear()
+                sample.attempts.clear()
 
     def _finish(self, rows: Iterable[int], end: str) -> None:
         for sample_id in rows:
@@ -246,10 +301,15 @@ def expected_capacity(seen: Witness) -> int:
 
 def expected_rows(seen: Witness, stage: str, max_rows: int, max_tokens: int | None) -> list[int]:
     chosen: list[Sample] = []
+    lag = max(0, seen.learner - min(seen.served.values(), default=seen.learner))
+    steps = max(0, seen.terms.max_staleness + 1 - lag)
+    young = set(list(seen.groups())[: steps * seen.terms.train_batch_size // seen.terms.num_generations])
     for sample in sorted(seen.open.values(), key=lambda s: s.sample_id):
         needs_response = bool(set(seen.stages[stage].needs) & set(RESPONSE))
         if stage in sample.held or stage in sample.done or (needs_response and ROLLOUT.name not in sample.done):
             continue
+        if stage == ROLLOUT.name and sample.group not in young:
+            break  # it waits for younger weights
         over = max_tokens is not None and sum(s.tokens for s in chosen) + sample.tokens > max_tokens
         if len(chosen) == max_rows or (chosen and over):
             break
@@ -329,6 +389,7 @@ class World:
     OPERATIONS: ClassVar[tuple[str, ...]] = (
         "admit", "generate", "generated", "score", "scored", "give_back", "renew", "wait", "call_late",
         "train", "commit", "commit_wrongly", "refill", "drop", "update", "say", "say_wrongly", "leave_or_join",
+        "amend", "checkpoint", "crash",
     )  # fmt: skip
 
     def __init__(
@@ -350,7 +411,11 @@ class World:
         self.dead: list[tuple[int, list[int]]] = []
         """Leases that ran out with these rows: their workers do not know it yet."""
         for engine in self.engines:
-            self.do(self.table.serve(engine.name, PolicyVersion(n=0)))
+            self.do(self.table.serve(engine.name, self.version(0)))
+
+    def version(self, number: int) -> PolicyVersion:
+        """What a number means now."""
+        return PolicyVersion(incarnation=self.seen.resumed, n=number)
 
     # the shell
 
@@ -488,8 +553,8 @@ class World:
                 columns=self.schema.writes[ROLLOUT.name],
                 frame=1,
                 tokens=[tokens] * len(rows),
-                oldest=[None if n is None else PolicyVersion(n=n).packed for n in oldest],
-                newest=[None if n is None else PolicyVersion(n=n).packed for n in newest],
+                oldest=[None if n is None else self.version(n).packed for n in oldest],
+                newest=[None if n is None else self.version(n).packed for n in newest],
             )
         )
 
@@ -548,7 +613,7 @@ class World:
         elif b % 3 == 1:
             self.refused(lambda: self.table.nack(lease, rows, reason="late", final=False), LeaseLost)
         elif stage.role == "train":
-            step = {"trained": rows, "skipped": [], "version": PolicyVersion(n=self.seen.learner + 1)}
+            step = {"trained": rows, "skipped": [], "version": self.version(self.seen.learner + 1)}
             self.refused(lambda: self.table.commit(leases=[lease], **step), LeaseLost)
         else:
             columns = self.schema.writes[stage.name]
@@ -569,7 +634,7 @@ class World:
             return
         trained = [row for i, rows in enumerate(groups) if not a >> i & 1 for row in rows]
         skipped = [row for i, rows in enumerate(groups) if a >> i & 1 for row in rows]
-        version = PolicyVersion(n=self.seen.learner + 1)
+        version = self.version(self.seen.learner + 1)
         leases = self.leases("train")
         self.do(self.table.commit(leases=leases, trained=trained, skipped=skipped, version=version))
 
@@ -594,7 +659,7 @@ class World:
         ]
         wrong += [(leases, [*rows, self.pick(others, b)], number)] if others else []
         under, trained, number = self.pick(wrong, a)
-        version = PolicyVersion(n=number)
+        version = self.version(number)
         self.refused(lambda: self.table.commit(leases=under, trained=trained, skipped=[], version=version))
 
     def refill(self, a: int, b: int, c: int) -> None:
@@ -634,14 +699,14 @@ class World:
         if engine.serves is not None:
             said = self.seen.served[engine.name]
             number = engine.serves if self.seen.honest else max(said, engine.serves, self.seen.learner - b % 2)
-            self.do(self.table.serve(engine.name, PolicyVersion(n=number)))
+            self.do(self.table.serve(engine.name, self.version(number)))
 
     def say_wrongly(self, a: int, b: int, c: int) -> None:
         """An engine names a version that no step has made, or an older one than it said before."""
         engine = self.pick(self.engines, a)
         said = self.seen.served.get(engine.name, 0)
         number = said - 1 - c % said if said and b % 2 else self.seen.learner + 1 + c
-        self.refused(lambda: self.table.serve(engine.name, PolicyVersion(n=number)), IllegalTransition)
+        self.refused(lambda: self.table.serve(engine.name, self.version(number)), IllegalTransition)
 
     def leave_or_join(self, a: int, b: int, c: int) -> None:
         """An engine goes away, or comes back with the newest weights."""
@@ -650,13 +715,48 @@ class World:
         engine = self.pick(self.engines, a)
         if engine.serves is None:
             engine.serves = self.seen.learner
-            self.do(self.table.serve(engine.name, PolicyVersion(n=engine.serves)))
+            self.do(self.table.serve(engine.name, self.version(engine.serves)))
             return
         engine.serves = None
         self.do(self.table.serve(engine.name, None))
         for lease, (owner, _) in self.flights.items():
             if owner is engine and (rows := self.seen.rows_of(lease)):
                 self.do(self.table.nack(lease, rows, reason="the engine went away", final=False))
+
+    def amend(self, a: int, b: int, c: int) -> None:
+        """Somebody changes the bound, or asks for what cannot be."""
+        if c % 4:
+            return
+        if a % 4 == 0:
+            self.refused(lambda: self.table.amend(max_staleness=-1 - b), IllegalTransition)
+            if self.seen.learner:
+                self.refused(lambda: self.table.amend(last_version=self.seen.learner - 1), IllegalTransition)
+            return
+        self.do(self.table.amend(max_staleness=b % 4))
+
+    def checkpoint(self, a: int, b: int, c: int) -> None:
+        """A checkpoint becomes complete, perhaps some steps after its own; some earlier ones are kept."""
+        number = max(0, self.seen.learner - a % 3)
+        oldest = self.version(max(0, number - b % 3))
+        self.do(self.table.checkpointed(self.version(number), oldest=oldest))
+
+    def crash(self, a: int, b: int, c: int) -> None:
+        """Every process dies, and the run goes on from a step that can still be gone back to."""
+        if c % 4:
+            return
+        there = [
+            n
+            for n in range(self.seen.learner + 1)
+            if set(range(n + 1, self.seen.learner + 1)) <= set(self.seen.consumed)
+        ]
+        for n in range(self.seen.learner + 2):
+            if n not in there:
+                self.refused(lambda n=n: self.table.resume(n), IllegalTransition)
+        self.do(self.table.resume(self.pick(there, b)))
+        self.flights.clear()
+        self.dead.clear()
+        for engine in self.engines:
+            engine.serves = None
 
     # progress
 
@@ -674,7 +774,7 @@ class World:
                 if engine.serves is None:
                     self.leave_or_join(self.engines.index(engine), 0, 0)
                 engine.serves = self.seen.learner
-                self.do(self.table.serve(engine.name, PolicyVersion(n=engine.serves)))
+                self.do(self.table.serve(engine.name, self.version(engine.serves)))
             while (events := self.table.admit([1], frame=0)) is not None:
                 self.do(events)
             while self.table.lease(ROLLOUT.name, worker="a", max_rows=1, max_tokens=None, deadline=0.0):
@@ -696,7 +796,9 @@ class World:
         insist(rounds <= 2 * last + 2, "every round of honest work is worth a step", rounds)
 
 
-def terms_of(eta: int, n: int, groups: int, min_group: int, max_attempts: int, last: int | None = None) -> Opened:
+def terms_of(
+    eta: int, n: int, groups: int, min_group: int, max_attempts: int, last: int | None = None, resumable: bool = True
+) -> Opened:
     return Opened(
         train_batch_size=n * groups,
         num_generations=n,
@@ -704,6 +806,7 @@ def terms_of(eta: int, n: int, groups: int, min_group: int, max_attempts: int, l
         last_version=last,
         min_group=min(min_group, n),
         max_attempts=max_attempts,
+        resumable=resumable,
     )
 
 
@@ -726,11 +829,21 @@ class TableMachine(RuleBasedStateMachine):
         max_attempts=st.integers(1, 3),
         judge=st.booleans(),
         honest=st.sampled_from([True, True, True, False]),
+        resumable=st.booleans(),
     )
     def begin(
-        self, eta: int, n: int, groups: int, min_group: int, max_attempts: int, judge: bool, honest: bool
+        self,
+        eta: int,
+        n: int,
+        groups: int,
+        min_group: int,
+        max_attempts: int,
+        judge: bool,
+        honest: bool,
+        resumable: bool,
     ) -> None:
-        self.world = World(terms_of(eta, n, groups, min_group, max_attempts, last=12), judge=judge, honest=honest)
+        terms = terms_of(eta, n, groups, min_group, max_attempts, last=12, resumable=resumable)
+        self.world = World(terms, judge=judge, honest=honest)
 
     @rule(a=NUMBER, b=NUMBER, c=NUMBER)
     def honest_work_until_the_end(self, a: int, b: int, c: int) -> None:
@@ -779,15 +892,15 @@ def test_promises_hold_over_more_than_100_000_steps() -> None:
 WEIGHTS = {
     "admit": 20, "generate": 20, "generated": 15, "score": 20, "scored": 30, "train": 20, "commit": 20, "update": 12,
     "say": 12, "give_back": 1, "renew": 2, "wait": 2, "call_late": 6, "commit_wrongly": 2, "refill": 1, "drop": 1,
-    "say_wrongly": 2, "leave_or_join": 4,
+    "say_wrongly": 2, "leave_or_join": 4, "amend": 2, "checkpoint": 3, "crash": 2,
 }  # fmt: skip
 """How often each operation happens: mostly work, so that lives are long, and some of everything that goes wrong."""
 
 
-def live(world: World, seed: int, operations: int) -> World:
+def live(world: World, seed: int, operations: int, without: Sequence[str] = ()) -> World:
     """Let so many random things happen that change something."""
     chance = random.Random(seed)
-    often = WEIGHTS | {"drop": chance.choice([1, 1, 20])}
+    often = WEIGHTS | {"drop": chance.choice([1, 1, 20])} | dict.fromkeys(without, 0)
     names, weights = list(often), list(often.values())
     while world.operations < operations:
         name, before = chance.choices(names, weights)[0], world.operations
@@ -807,7 +920,7 @@ def random_world(seed: int, **options: Any) -> World:
 
 def live_all(seeds: Iterable[int], **options: Any) -> None:
     for seed in seeds:
-        live(random_world(seed, **options), seed, operations=200)
+        live(random_world(seed, **options), seed, operations=200, without=["amend"] if seed % 2 else [])
 
 
 def test_every_operation_of_the_world_is_driven() -> None:
@@ -818,7 +931,7 @@ def test_every_operation_of_the_world_is_driven() -> None:
 def test_staleness_reaches_the_bound_and_never_exceeds_it(eta: int) -> None:
     worst, steps = 0, 0
     for seed in range(4):
-        world = live(World(terms_of(eta, 2, 2, 1, 3), judge=False), seed, operations=400)
+        world = live(World(terms_of(eta, 2, 2, 1, 3), judge=False), seed, operations=400, without=["amend"])
         worst, steps = max(worst, world.seen.worst), steps + world.seen.learner
 
     assert worst == eta  # a bound that is never reached would say little
@@ -843,12 +956,13 @@ def test_the_whole_ledger_rebuilds_the_table() -> None:
             return super().apply(event)
 
     record = True
-    world = World(terms_of(2, 3, 2, 2, 2), judge=True, table=Table)
+    terms = terms_of(2, 3, 2, 2, 2)
+    world = World(terms, judge=True, table=Table)
     world.table.__class__ = Recording
     live(world, seed=1, operations=300)
     record = False
 
-    again = Table(world.schema, world.seen.terms)
+    again = Table(world.schema, terms)
     for engine in world.engines:
         again.apply(again.serve(engine.name, PolicyVersion(n=0))[0])
     for kind, body in events:
@@ -863,8 +977,9 @@ def test_the_whole_ledger_rebuilds_the_table() -> None:
 class LearnersVersionInAdmission(Table):
     """Counts from what the learner has, not from what engines serve: rows are born stale."""
 
-    def capacity(self) -> int:
-        return (self.terms.max_staleness + 1) * self.terms.train_batch_size - len(self.groups) * self.group_size
+    @property
+    def most_generated(self) -> int:
+        return self.most_open
 
 
 class ReadyOrder(Table):
@@ -886,8 +1001,10 @@ class LostRowsFreeTheirPlace(Table):
     def capacity(self) -> int:
         if not self.served:
             return 0
-        lag = self.learner.n - min(version.n for version in self.served.values())
-        return (self.terms.max_staleness + 1 - lag) * self.terms.train_batch_size - len(self.rows)
+        return self.most_generated - len(self.rows)
+
+    def _last_group_to_generate(self) -> int | None:
+        return None
 
 
 class NoLateCheck(Table):
@@ -984,6 +1101,28 @@ class RebuildsInexactly(Table):
         return lease
 
 
+class GeneratesAllAtOnce(Table):
+    """After going back, gives everything that is open to an engine, however late it will be trained."""
+
+    def _last_group_to_generate(self) -> int | None:
+        return None
+
+
+class KeepsWhatNobodyServed(Table):
+    """After going back, trains responses of weights that are gone."""
+
+    def _generate_again(self, row: Row) -> None:
+        pass
+
+
+class NumbersTwice(Table):
+    """After going back, counts on in the same incarnation."""
+
+    def resume(self, number: int) -> list[Event]:
+        super().resume(number)
+        return [Resumed(version=PolicyVersion(incarnation=self.learner.incarnation, n=number).packed)]
+
+
 MUTANTS: dict[type[Table], tuple[bool, str]] = {
     LearnersVersionInAdmission: (True, "no row is ever late|no late row is leased|never exceeds the bound"),
     ReadyOrder: (True, "no row is ever late|no late row is leased|never exceeds the bound"),
@@ -999,6 +1138,9 @@ MUTANTS: dict[type[Table], tuple[bool, str]] = {
     KeepsExpiredLeases: (True, "a lease that ran out holds nothing"),
     ForgetsShortGroups: (True, "exactly when it is too short|short groups are not trained"),
     RebuildsInexactly: (True, "rebuilds the table bit for bit"),
+    GeneratesAllAtOnce: (True, "no row is ever late|no late row is leased"),
+    KeepsWhatNobodyServed: (True, "what is trained was rewarded|states are counted"),
+    NumbersTwice: (True, "a number never names two sets of weights"),
 }
 """Broken table → whether its engines are honest, and the promise that must be seen to break."""
 

@@ -9,19 +9,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, StoreError
+from asyncflow.errors import Closed, IllegalTransition, LedgerError, StoreError
 from asyncflow.store.client import Counts, Lease, LeasedRow
 from asyncflow.store.events import Event, Leased, Opened
-from asyncflow.store.journal import Journal
+from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.lifecycle import OPEN_STATES
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
-from asyncflow.store.segments import MemorySegments
+from asyncflow.store.segments import FileSegments, MemorySegments
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
@@ -31,16 +31,46 @@ T = TypeVar("T")
 class Store:
     """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
 
-    def __init__(self, schema: Schema, opened: Opened, *, ledger: Path, clock: Clock | None = None) -> None:
-        self.table = Table(schema, opened)
-        self._schema = schema
-        self._clock = clock or SystemClock()
-        self._segments = MemorySegments()
-        self._journal = Journal(ledger)
-        self._journal.append([opened], self._clock.wall())
+    def __init__(self, table: Table, journal: Journal, segments: MemorySegments, clock: Clock) -> None:
+        """Use `create` or `reopen`."""
+        self.table = table
+        self._journal = journal
+        self._segments = segments
+        self._clock = clock
+        self._schema = table.schema
         self._lock = threading.RLock()
-        self._changed = {topic: threading.Condition(self._lock) for topic in (ADMISSION, *schema.stages)}
+        self._changed = {topic: threading.Condition(self._lock) for topic in (ADMISSION, *table.schema.stages)}
         self._closed = False
+
+    @classmethod
+    def create(
+        cls, schema: Schema, opened: Opened, *, ledger: Path, data: Path | None = None, clock: Clock | None = None
+    ) -> Self:
+        """The store of a new run under these terms. `data`: folder of the samples' data; None keeps them in memory.
+
+        Raises LedgerError when the ledger exists, or one of the two cannot be made.
+        """
+        clock = clock or SystemClock()
+        journal = Journal(ledger)
+        journal.append([opened], clock.wall())
+        return cls(Table(schema, opened), journal, MemorySegments() if data is None else FileSegments(data), clock)
+
+    @classmethod
+    def reopen(
+        cls, schema: Schema, *, ledger: Path, data: Path, step: int | None = None, clock: Clock | None = None
+    ) -> Self:
+        """The store of an earlier process, which has ended, as its ledger tells it, gone back to the version of `step`.
+
+        None stays at the last step. What `Resumed` says has happened. Raises LedgerError when the ledger or the data
+        are missing or damaged, IllegalTransition when the ledger cannot go back to `step`.
+        """
+        clock = clock or SystemClock()
+        table = rebuild(schema, ledger)
+        events = table.resume(table.learner.n if step is None else step)
+        store = cls(table, Journal(ledger, go_on=True), FileSegments(data, needed=table.frames()), clock)
+        with store._operation():
+            store._perform(events)
+        return store
 
     # -- StoreClient ---------------------------------------------------------------------------------------------------
 
@@ -124,6 +154,20 @@ class Store:
         with self._operation():
             self._perform(self.table.serve(engine, version))
 
+    def amend(self, *, max_staleness: int | None = None, last_version: int | None = None) -> None:
+        with self._operation():
+            self._perform(self.table.amend(max_staleness=max_staleness, last_version=last_version))
+
+    def checkpointed(self, version: PolicyVersion, *, oldest: PolicyVersion) -> None:
+        with self._operation():
+            self._perform(self.table.checkpointed(version, oldest=oldest))
+
+    def sync(self) -> int:
+        """See that all data and decisions so far survive a power cut. Returns the ledger's last lsn."""
+        with self._operation():
+            self._segments.sync()
+            return self._journal.sync()
+
     def counts(self) -> Counts:
         with self._lock:
             table = self.table
@@ -136,6 +180,7 @@ class Store:
                 states={state.value: table.states[state] for state in OPEN_STATES},
                 leased=table.leased(),
                 capacity=table.capacity(),
+                max_staleness=table.terms.max_staleness,
                 learner=table.learner,
                 served=dict(table.served),
                 oldest=None if oldest is None else PolicyVersion.unpack(oldest),
@@ -147,6 +192,7 @@ class Store:
                 return
             self._closed = True
             self._journal.close()
+            self._segments.close()
             for condition in self._changed.values():
                 condition.notify_all()
 
@@ -191,10 +237,10 @@ class Store:
         topics: set[str] = set()
         alarm = self.table.next_deadline()
         for event in events:
-            for row_id in event.ends:
-                for _, frame, _ in self.table.rows[row_id].frames:
-                    self._segments.release(frame)
+            released = self.table.released_by(event)
             topics |= self.table.apply(event)
+            for frame in released:
+                self._segments.release(frame)
         # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
         # of a dead worker come back even when nothing else happens.
         earliest = self.table.next_deadline()
@@ -222,6 +268,24 @@ class Store:
             deadline=leased.deadline,
             slots=len({r.group_id for r in rows}) * self.table.group_size,
         )
+
+
+def rebuild(schema: Schema, ledger: Path) -> Table:
+    """The table as a ledger tells it. Raises LedgerError."""
+    table: Table | None = None
+    for record in read_ledger(ledger):
+        try:
+            if table is not None:
+                table.apply(record.event)
+            elif isinstance(record.event, Opened):
+                table = Table(schema, record.event)
+            else:
+                raise LedgerError(f"{ledger} does not begin with the terms of a run: its beginning is lost")
+        except (LookupError, TypeError, ValueError, IllegalTransition) as error:
+            raise LedgerError(f"{ledger}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from error
+    if table is None:
+        raise LedgerError(f"{ledger} is empty: it holds no run")
+    return table
 
 
 def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:

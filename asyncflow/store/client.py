@@ -54,6 +54,8 @@ class Counts:
     """Samples out on lease, by stage."""
     capacity: int
     """Samples that could be admitted now."""
+    max_staleness: int
+    """The bound that holds now."""
     learner: PolicyVersion
     served: Mapping[str, PolicyVersion]
     """Version that each rollout engine serves."""
@@ -121,6 +123,18 @@ class StoreClient(Protocol):
 
         Raises IllegalTransition for a version that no commit has made yet, and for an older one than the engine served
         before: one that has to go back says None first, and joins again.
+        """
+
+    def amend(self, *, max_staleness: int | None = None, last_version: int | None = None) -> None:
+        """Change the bound, or the number of the last step's version, while the run goes on.
+
+        A lower bound holds for what is leased from now on. Raises IllegalTransition for what cannot be.
+        """
+
+    def checkpointed(self, version: PolicyVersion, *, oldest: PolicyVersion) -> None:
+        """Say that a checkpoint of `version` is complete, and that none before `oldest` is kept.
+
+        Raises IllegalTransition for a version that no commit has made.
         """
 
     def counts(self) -> Counts:

@@ -16,11 +16,6 @@ class Event:
     kind: ClassVar[str]
     journaled: ClassVar[bool] = True
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Rows whose life ends here: nobody needs their data any more."""
-        return ()
-
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 
@@ -37,6 +32,17 @@ class Opened(Event):
     """Number of the last step's version: nothing is admitted that no step would train."""
     min_group: int
     max_attempts: int
+    resumable: bool = False
+    """What a step consumed is kept until a checkpoint has passed it, so that it can be taken back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amended(Event):
+    """Terms that changed while the run went on: both hold from here on, with these values."""
+
+    kind = "amended"
+    max_staleness: int
+    last_version: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +117,6 @@ class Committed(Event):
     """Consumed by the step without being computed; they end as dropped."""
     version: int
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return self.trained + self.skipped
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dropped(Event):
@@ -124,10 +126,6 @@ class Dropped(Event):
     rows: tuple[int, ...]
     reason: str
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return self.rows
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quarantined(Event):
@@ -136,10 +134,6 @@ class Quarantined(Event):
     kind = "quarantined"
     rows: tuple[int, ...]
     reason: str
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return self.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +145,45 @@ class Served(Event):
     version: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed(Event):
+    """A checkpoint is complete: the run can go on from this version, and from every one since `oldest`."""
+
+    kind = "checkpointed"
+    version: int
+    oldest: int
+    """Of the oldest checkpoint that is kept: what steps up to it consumed is never taken back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """The run goes on in another process, from the checkpoint of number `version.n`.
+
+    Every lease is gone. What later steps had consumed is taken back, in its old place. Responses of later versions are
+    generated again: the weights that made them are gone, and `version` is of a new incarnation.
+    """
+
+    kind = "resumed"
+    version: int
+
+
 EVENTS: dict[str, type[Event]] = {
     event.kind: event
-    for event in (Opened, Admitted, Leased, Renewed, Acked, Returned, Committed, Dropped, Quarantined, Served)
+    for event in (
+        Opened,
+        Amended,
+        Admitted,
+        Leased,
+        Renewed,
+        Acked,
+        Returned,
+        Committed,
+        Dropped,
+        Quarantined,
+        Served,
+        Checkpointed,
+        Resumed,
+    )
 }
 
 

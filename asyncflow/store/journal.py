@@ -35,21 +35,30 @@ class Record:
 class Journal:
     """Writes a ledger. Not thread-safe: the broker holds its lock. Raises LedgerError when it cannot be made."""
 
-    def __init__(self, path: Path) -> None:
-        if path.exists():
-            raise LedgerError(f"{path} exists already: start a run in a new directory")
+    def __init__(self, path: Path, *, go_on: bool = False) -> None:
+        """Make a new ledger, or `go_on` with one that was read to its end. Only one process writes to a ledger."""
+        if path.exists() is not go_on:
+            raise LedgerError(
+                f"there is no ledger {path}: name a run directory"
+                if go_on
+                else f"{path} exists already: start a run in a new directory"
+            )
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(
-                "CREATE TABLE events(lsn INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
-            )
-            self._db.execute("CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-            self._db.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+            if not go_on:
+                self._make_tables()
         except sqlite3.Error as error:
             raise LedgerError(f"{path} cannot be made ({error}): name a directory that can be written") from None
+
+    def _make_tables(self) -> None:
+        self._db.execute(
+            "CREATE TABLE events(lsn INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
+        )
+        self._db.execute("CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        self._db.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
 
     def append(self, events: Sequence[Event], at: float) -> None:
         """Write the decisions of one operation, all or none. Raises LedgerError when they cannot be written."""
@@ -74,6 +83,15 @@ class Journal:
             with suppress(sqlite3.Error):  # SQLite has rolled back already when the disk is full
                 self._db.execute("ROLLBACK")
             raise
+
+    def sync(self) -> int:
+        """See that everything written so far survives a power cut; returns its last lsn. Raises LedgerError."""
+        try:
+            (lsn,) = self._db.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
+            self._db.execute("PRAGMA wal_checkpoint(FULL)")
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self._path} cannot be synced ({error}): see that its disk works") from error
+        return int(lsn)
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it. May be called twice.

@@ -16,8 +16,8 @@ class State(StrEnum):
     GENERATED = "generated"  # the scoring stages ack it
     REWARDED = "rewarded"  # all columns that training needs are there; actor update leases it
     TRAINING = "training"  # actor update commits it, or its lease ends
-    TRAINED = "trained"  # end
-    DROPPED = "dropped"  # end, with a reason
+    TRAINED = "trained"  # end, once a checkpoint has passed it
+    DROPPED = "dropped"  # end, with a reason; of a step's skipped samples once a checkpoint has passed them
     QUARANTINED = "quarantined"  # end, with its reasons
 
 
@@ -33,6 +33,8 @@ class Move(StrEnum):
     TRAIN = "train"
     DROP = "drop"
     QUARANTINE = "quarantine"
+    TAKE_BACK = "take_back"
+    GENERATE_AGAIN = "generate_again"
 
 
 OPEN_STATES = (State.PROMPTED, State.GENERATING, State.GENERATED, State.REWARDED, State.TRAINING)
@@ -46,6 +48,11 @@ TRANSITIONS: Mapping[tuple[State, Move], State] = {
     (State.REWARDED, Move.START_TRAINING): State.TRAINING,
     (State.TRAINING, Move.RETURN_SCORED): State.REWARDED,
     (State.TRAINING, Move.TRAIN): State.TRAINED,
+    # A run that resumes: what was consumed after its checkpoint, and responses of weights that are gone with it.
+    (State.TRAINED, Move.TAKE_BACK): State.REWARDED,
+    (State.DROPPED, Move.TAKE_BACK): State.REWARDED,
+    (State.GENERATED, Move.GENERATE_AGAIN): State.PROMPTED,
+    (State.REWARDED, Move.GENERATE_AGAIN): State.PROMPTED,
     **{(state, Move.DROP): State.DROPPED for state in OPEN_STATES},
     **{(state, Move.QUARANTINE): State.QUARANTINED for state in OPEN_STATES},
 }

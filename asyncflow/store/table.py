@@ -13,13 +13,16 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from asyncflow.errors import IllegalTransition, LeaseLost, StalenessViolation, StoreError
 from asyncflow.store.events import (
     Acked,
     Admitted,
+    Amended,
+    Checkpointed,
     Committed,
     Dropped,
     Event,
@@ -27,6 +30,7 @@ from asyncflow.store.events import (
     Opened,
     Quarantined,
     Renewed,
+    Resumed,
     Returned,
     Served,
 )
@@ -51,6 +55,7 @@ class Row:
     state: State
     columns: int
     """Bit set of the columns that are there."""
+    prompt_tokens: int
     tokens: int
     """Prompt and response."""
     oldest: int | None = None
@@ -76,6 +81,20 @@ class LeaseRecord:
     worker: str
     rows: set[int]
     deadline: float
+    max_staleness: int
+    """The bound under which the rows were leased: a lower one that comes later is for what is leased from then on."""
+
+
+@dataclass(slots=True)
+class Consumed:
+    """Rows of a step that a checkpoint has not passed yet: the run may go back and train them again."""
+
+    trained: list[Row]
+    skipped: list[Row]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.trained + self.skipped
 
 
 class Table:
@@ -98,6 +117,8 @@ class Table:
         self.ended: Counter[str] = Counter()
         """trained, quarantined, and dropped:<reason> → samples."""
         self.states: Counter[State] = Counter()
+        self.consumed: dict[int, Consumed] = {}
+        """Version number of a step → its rows, as long as they can be taken back."""
         self._ready: dict[str, list[int]] = {s: [] for s in schema.stages if s != schema.train.name}
         self._deadlines: list[tuple[float, int]] = []
 
@@ -112,6 +133,16 @@ class Table:
         """Places that can be open at the same time: those of the step under way and of `max_staleness` later ones."""
         return (self.terms.max_staleness + 1) * self.terms.train_batch_size
 
+    @property
+    def most_generated(self) -> int:
+        """Places, in admission order, that may have a response from what is served now.
+
+        More than these can be open after the bound was lowered, after an engine that lags has joined, or after the run
+        went back to a checkpoint; the others have to wait for younger weights.
+        """
+        slowest = min((version.n for version in self.served.values()), default=self.learner.n)
+        return max(0, self.most_open - max(0, self.learner.n - slowest) * self.terms.train_batch_size)
+
     def capacity(self) -> int:
         """Samples that may be admitted now without any of them ever being trained too late.
 
@@ -121,8 +152,7 @@ class Table:
         if not self.served:
             return 0
         batch, places = self.terms.train_batch_size, len(self.groups) * self.group_size
-        lag = max(0, self.learner.n - min(self.served.values(), key=lambda v: v.n).n)
-        room = self.most_open - lag * batch - places
+        room = self.most_generated - places
         if self.terms.last_version is not None:
             room = min(room, (self.terms.last_version - self.learner.n) * batch - places)
         return max(0, room)
@@ -192,6 +222,7 @@ class Table:
 
     def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> list[int]:
         queue, tokens = self._ready[stage], 0
+        last_group = self._last_group_to_generate() if stage == self.schema.generate.name else None
         seen: dict[int, None] = {}
         chosen: list[int] = []
         while queue and len(chosen) < max_rows:
@@ -200,6 +231,8 @@ class Table:
             if row is None or sample_id in seen or not self.is_ready(row, stage):
                 continue  # it ended, stands in the queue twice, or was leased: nobody misses the entry
             seen[sample_id] = None
+            if last_group is not None and row.group_id > last_group:
+                break
             tokens += row.tokens
             if chosen and max_tokens is not None and tokens > max_tokens:
                 break
@@ -209,6 +242,13 @@ class Table:
         for sample_id in seen:
             heapq.heappush(queue, sample_id)
         return chosen
+
+    def _last_group_to_generate(self) -> int | None:
+        """Id of the last group that may be generated now; None when all may."""
+        groups = self.most_generated // self.group_size
+        if len(self.groups) <= groups:
+            return None
+        return next(islice(self.groups, groups - 1, None)) if groups else -1
 
     def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int]]:
         events: list[Event] = []
@@ -305,10 +345,9 @@ class Table:
             raise LeaseLost(f"a commit is for what its leases hold: they do not hold {_named(lost)}", rows=lost)
         for sample_id in rows:
             row = self.rows[sample_id]
-            if self.staleness(row) > self.terms.max_staleness:
-                raise StalenessViolation(
-                    f"sample {sample_id} has staleness {self.staleness(row)}, above {self.terms.max_staleness}"
-                )
+            bound = self.leases[row.leases[stage]].max_staleness
+            if self.staleness(row) > bound:
+                raise StalenessViolation(f"sample {sample_id} has staleness {self.staleness(row)}, above {bound}")
         groups = {self.rows[sample_id].group_id for sample_id in rows}
         if rows != set().union(*(self.groups[group_id] for group_id in groups)):
             raise IllegalTransition("a commit holds whole groups: some sample of a group is missing")
@@ -316,7 +355,7 @@ class Table:
             raise IllegalTransition(
                 f"a step consumes {self.terms.train_batch_size} places, this one {len(groups) * self.group_size}"
             )
-        if version.n != self.learner.n + 1:
+        if (version.incarnation, version.n) != (self.learner.incarnation, self.learner.n + 1):
             raise IllegalTransition(f"the version after {self.learner} is not {version}")
         return [Committed(trained=tuple(sorted(trained)), skipped=tuple(sorted(skipped)), version=version.packed)]
 
@@ -340,6 +379,73 @@ class Table:
                 f"{engine} served {before} and cannot go back to {version}: it must say that it is gone (None) first"
             )
         return [Served(engine=engine, version=version.packed)]
+
+    def amend(self, *, max_staleness: int | None = None, last_version: int | None = None) -> list[Event]:
+        """Change terms while the run goes on; None leaves one as it is. Raises IllegalTransition for what cannot be.
+
+        A higher bound admits more at once. A lower one holds for what is leased from now on: rows that are too old for
+        it are dropped when the training stage comes to them, the step under way keeps what it has.
+        """
+        bound = self.terms.max_staleness if max_staleness is None else max_staleness
+        last = self.terms.last_version if last_version is None else last_version
+        if bound < 0:
+            raise IllegalTransition(f"max_staleness cannot be {bound}: 0 is synchronous, higher is further ahead")
+        if last is not None and last < self.learner.n:
+            raise IllegalTransition(f"the run has made step {self.learner.n} already and cannot end at {last}")
+        if (bound, last) == (self.terms.max_staleness, self.terms.last_version):
+            return []
+        return [Amended(max_staleness=bound, last_version=last)]
+
+    def checkpointed(self, version: PolicyVersion, *, oldest: PolicyVersion) -> list[Event]:
+        """Record that a checkpoint of `version` is complete, and that none before `oldest` is kept.
+
+        Raises IllegalTransition for a version that no commit has made.
+        """
+        if version.n > self.learner.n or oldest.n > version.n:
+            raise IllegalTransition(f"the learner is at {self.learner}: no checkpoint of {version} since {oldest}")
+        return [Checkpointed(version=version.packed, oldest=oldest.packed)]
+
+    def resume(self, number: int) -> list[Event]:
+        """Go back to the version of this number, in a new incarnation (see `Resumed`).
+
+        Raises IllegalTransition when what was consumed since then is not all there any more.
+        """
+        since = range(number + 1, self.learner.n + 1)
+        if number > self.learner.n or (missing := [n for n in since if n not in self.consumed]):
+            gone = f"what step {missing[0]} consumed is gone" if number <= self.learner.n else "it was never made"
+            raise IllegalTransition(f"the run, which is at {self.learner}, cannot go on from step {number}: {gone}")
+        return [Resumed(version=PolicyVersion(incarnation=self.learner.incarnation + 1, n=number).packed)]
+
+    def released_by(self, event: Event) -> list[int]:
+        """Frames, once for each row, whose data nobody needs when this event has been applied."""
+        match event:
+            case Committed() if not self.terms.resumable:
+                rows = [self.rows[sample_id] for sample_id in event.trained + event.skipped]
+            case Dropped() | Quarantined():
+                rows = [self.rows[sample_id] for sample_id in event.rows]
+            case Checkpointed():
+                rows = [row for n in self._passed(event) for row in self.consumed[n].rows]
+            case Resumed():
+                number, prompt = PolicyVersion.unpack(event.version).n, self.schema.prompt_mask
+                rows = [row for row in self._after(number) if _newest(row) > number]
+                return [frame for row in rows for columns, frame, _ in row.frames if columns != prompt]
+            case _:
+                return []
+        return [frame for row in rows for _, frame, _ in row.frames]
+
+    def frames(self) -> Counter[int]:
+        """Every frame that is needed → by how many rows."""
+        rows = [*self.rows.values(), *(row for step in self.consumed.values() for row in step.rows)]
+        return Counter(frame for row in rows for _, frame, _ in row.frames)
+
+    def _passed(self, event: Checkpointed) -> list[int]:
+        oldest = PolicyVersion.unpack(event.oldest).n
+        return [n for n in self.consumed if n <= oldest]
+
+    def _after(self, number: int) -> list[Row]:
+        """Rows that are open when the run has gone back to this version number."""
+        back = (row for n, step in self.consumed.items() if n > number for row in step.rows)
+        return [*self.rows.values(), *back]
 
     def _holds(self, lease_id: int, rows: Sequence[int]) -> LeaseRecord:
         if len(set(rows)) != len(rows):
@@ -402,6 +508,7 @@ class Table:
                     group_id=group_id,
                     state=State.PROMPTED,
                     columns=self.schema.prompt_mask,
+                    prompt_tokens=tokens,
                     tokens=tokens,
                     frames=[(self.schema.prompt_mask, event.frame, offset)],
                 )
@@ -413,7 +520,9 @@ class Table:
         return topics
 
     def _apply_leased(self, event: Leased) -> set[str]:
-        self.leases[event.lease_id] = LeaseRecord(event.stage, event.worker, set(event.rows), event.deadline)
+        self.leases[event.lease_id] = LeaseRecord(
+            event.stage, event.worker, set(event.rows), event.deadline, self.terms.max_staleness
+        )
         self.next_lease = event.lease_id + 1
         self._set_deadline(event.lease_id, event.deadline)
         role = self.schema.stages[event.stage].role
@@ -462,21 +571,29 @@ class Table:
             row = self.rows[sample_id]
             self._release(row, stage.name)
             row.reasons.append(event.reason)
-            # A scoring stage may hold a row while another one generates or trains it: the role says what came back.
-            if stage.role == "generate":
-                self._move(row, Move.RETURN_PROMPT)
-            elif stage.role == "train":
-                self._move(row, Move.RETURN_SCORED)
-                self.taken.discard(row.group_id)
+            self._give_up(row, stage.name)
             self._enqueue(row)
         return {stage.name}
 
+    def _give_up(self, row: Row, stage: str) -> None:
+        """A stage does not work on a row any more, and has not finished it."""
+        # A scoring stage may hold a row while another one generates or trains it: the role says what came back.
+        role = self.schema.stages[stage].role
+        if role == "generate":
+            self._move(row, Move.RETURN_PROMPT)
+        elif role == "train":
+            self._move(row, Move.RETURN_SCORED)
+            self.taken.discard(row.group_id)
+
     def _apply_committed(self, event: Committed) -> set[str]:
-        for sample_id in event.trained:
-            self._end(self.rows[sample_id], Move.TRAIN, "")
-        for sample_id in event.skipped:
-            self._end(self.rows[sample_id], Move.DROP, SKIPPED)
+        step = Consumed([self.rows[i] for i in event.trained], [self.rows[i] for i in event.skipped])
+        for row in step.trained:
+            self._end(row, Move.TRAIN, "")
+        for row in step.skipped:
+            self._end(row, Move.DROP, SKIPPED)
         self.learner = PolicyVersion.unpack(event.version)
+        if self.terms.resumable:
+            self.consumed[self.learner.n] = step
         return self._after_end()
 
     def _apply_dropped(self, event: Dropped) -> set[str]:
@@ -491,14 +608,68 @@ class Table:
 
     def _after_end(self) -> set[str]:
         """A row that ended makes room, may complete its group, and may let a later group into the step."""
-        return {ADMISSION, self.schema.train.name}
+        return {ADMISSION, self.schema.generate.name, self.schema.train.name}
 
     def _apply_served(self, event: Served) -> set[str]:
         if event.version is None:
             self.served.pop(event.engine, None)
         else:
             self.served[event.engine] = PolicyVersion.unpack(event.version)
-        return {ADMISSION}
+        return {ADMISSION, self.schema.generate.name}
+
+    def _apply_amended(self, event: Amended) -> set[str]:
+        self.terms = replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        return {ADMISSION, *self.schema.stages}
+
+    def _apply_checkpointed(self, event: Checkpointed) -> set[str]:
+        for n in self._passed(event):
+            del self.consumed[n]
+        return set()
+
+    def _apply_resumed(self, event: Resumed) -> set[str]:
+        self.learner = PolicyVersion.unpack(event.version)
+        number = self.learner.n
+        for row in self.rows.values():
+            for stage in list(row.leases):
+                self._interrupt(row, stage)
+        for n in sorted(n for n in self.consumed if n > number):
+            step = self.consumed.pop(n)
+            self.ended["trained"] -= len(step.trained)
+            self.ended[f"{State.DROPPED}:{SKIPPED}"] -= len(step.skipped)
+            for row in step.rows:
+                self._take_back(row)
+        self.groups = OrderedDict(sorted(self.groups.items()))
+        for row in self.rows.values():
+            if _newest(row) > number:
+                self._generate_again(row)
+        self.taken.clear()
+        self.served.clear()
+        self._deadlines.clear()
+        for queue in self._ready.values():
+            queue.clear()
+        for row in self.rows.values():
+            self._enqueue(row)
+        return {ADMISSION, *self.schema.stages}
+
+    def _interrupt(self, row: Row, stage: str) -> None:
+        """End a lease whose worker is gone through no fault of the row: it was no attempt."""
+        self._release(row, stage)
+        row.attempts[stage] -= 1
+        self._give_up(row, stage)
+
+    def _take_back(self, row: Row) -> None:
+        self.states[row.state] += 1  # counted among the open ones again, from where it was
+        self._move(row, Move.TAKE_BACK)
+        self.rows[row.sample_id] = row
+        self.groups.setdefault(row.group_id, set()).add(row.sample_id)
+
+    def _generate_again(self, row: Row) -> None:
+        prompt = self.schema.prompt_mask
+        self._move(row, Move.GENERATE_AGAIN)
+        row.columns, row.tokens = prompt, row.prompt_tokens
+        row.oldest = row.newest = None
+        row.attempts.clear()
+        row.frames = [place for place in row.frames if place[0] == prompt]
 
     def _move(self, row: Row, move: Move) -> None:
         self.states[row.state] -= 1
@@ -537,7 +708,7 @@ class Table:
     def dropped(self) -> dict[str, int]:
         """Samples that were dropped, by reason."""
         prefix = f"{State.DROPPED}:"
-        return {key.removeprefix(prefix): n for key, n in self.ended.items() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): n for key, n in self.ended.items() if n and key.startswith(prefix)}
 
     def leased(self) -> dict[str, int]:
         """Samples out on lease, by stage."""
@@ -549,8 +720,10 @@ class Table:
     def snapshot(self) -> Mapping[str, Any]:
         """The whole state as plain values: equal for two tables to which the same events were applied."""
         return {
-            "rows": {i: (r.group_id, r.state, r.columns, r.tokens, r.oldest, r.newest, dict(r.leases),
-                         dict(r.attempts), tuple(r.reasons), tuple(r.frames)) for i, r in self.rows.items()},
+            "terms": self.terms,
+            "rows": {i: _plain(row) for i, row in self.rows.items()},
+            "consumed": {n: ([_plain(row) for row in step.trained], [_plain(row) for row in step.skipped])
+                         for n, step in self.consumed.items()},
             "groups": {group_id: tuple(sorted(members)) for group_id, members in self.groups.items()},
             "taken": tuple(sorted(self.taken)),
             "leases": {i: (r.stage, r.worker, tuple(sorted(r.rows))) for i, r in self.leases.items()},
@@ -560,6 +733,18 @@ class Table:
             "ended": dict(self.ended),
             "states": {state: self.states[state] for state in OPEN_STATES},
         }  # fmt: skip
+
+
+def _newest(row: Row) -> int:
+    """Number of the version of its newest token; −1 without tokens."""
+    return -1 if row.newest is None else PolicyVersion.unpack(row.newest).n
+
+
+def _plain(row: Row) -> tuple[Any, ...]:
+    return (
+        row.sample_id, row.group_id, row.state, row.columns, row.prompt_tokens, row.tokens, row.oldest, row.newest,
+        dict(row.leases), dict(row.attempts), tuple(row.reasons), tuple(row.frames),
+    )  # fmt: skip
 
 
 def _named(sample_ids: Sequence[int]) -> str:
@@ -577,4 +762,7 @@ _HANDLERS: dict[type[Event], Callable[[Table, Any], set[str]]] = {
     Dropped: Table._apply_dropped,
     Quarantined: Table._apply_quarantined,
     Served: Table._apply_served,
+    Amended: Table._apply_amended,
+    Checkpointed: Table._apply_checkpointed,
+    Resumed: Table._apply_resumed,
 }
