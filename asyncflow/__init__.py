@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         WeightSnapshot,
     )
     from asyncflow.errors import AsyncFlowError
-    from asyncflow.launch import Run, run
+    from asyncflow.launch import Run, resume, run
     from asyncflow.report.audit import audit
     from asyncflow.types import Completion, PolicyVersion, Sampling, TrainSample
 
@@ -38,7 +38,7 @@ _HOMES = {
         "WeightSnapshot",
     ),
     "asyncflow.errors": ("AsyncFlowError",),
-    "asyncflow.launch": ("Run", "run"),
+    "asyncflow.launch": ("Run", "resume", "run"),
     "asyncflow.report.audit": ("audit",),
     "asyncflow.types": ("Completion", "PolicyVersion", "Sampling", "TrainSample"),
 }
@@ -60,6 +60,7 @@ __all__ = [
     "WeightSnapshot",
     "audit",
     "load_config",
+    "resume",
     "run",
 ]
 

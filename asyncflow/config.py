@@ -122,6 +122,15 @@ class WeightsConfig(Section):
     """Published versions that stay in memory."""
 
 
+class CheckpointConfig(Section):
+    """What a run that was stopped or killed can go on from."""
+
+    every: int | None = Field(default=None, ge=0)
+    """Steps between two checkpoints, beside the one at the end; 0 keeps none, None is 20 if the learner engine can."""
+    keep: int = Field(default=1, ge=1)
+    """Checkpoints that stay. Each has 12 bytes a parameter on disk."""
+
+
 class Config(Section):
     """One run."""
 
@@ -179,6 +188,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("reward", mode="before")
     @classmethod

@@ -5,6 +5,8 @@ AsyncFlowError
 │   ├── ConfigError         an unknown, contradictory or impossible setting
 │   ├── DataError           a missing, empty or malformed data set
 │   ├── ModelError          a model that is missing or cannot be loaded
+│   ├── CheckpointError     a checkpoint that is missing, damaged, or does not fit the run
+│   ├── ControlError        a run that cannot be reached, or a wish that it cannot fulfil
 │   └── RewardError         a reward function that raises or returns something else than one number a completion
 ├── StoreError
 │   ├── Closed              the store is closed and holds nothing more for this caller
@@ -41,6 +43,14 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model that is missing or cannot be loaded."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or does not fit the run."""
+
+
+class ControlError(UserError):
+    """A run that cannot be reached, or a wish that it cannot fulfil."""
 
 
 class RewardError(UserError):

@@ -1,20 +1,24 @@
-"""Start a run from Python or from the command line: load, plan, run, report."""
+"""Start a run, or go on with one, from Python or from the command line: load, plan, run, report."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asyncflow.config import Config, load_config, parse_config
 from asyncflow.engines.base import LearnerEngine, RolloutEngine
-from asyncflow.errors import RunFailed
+from asyncflow.errors import CheckpointError, ConfigError, RunFailed
+from asyncflow.placement import without_lost_cores
 from asyncflow.plan import Plan, plan
+from asyncflow.report.audit import audit
 from asyncflow.report.page import write_report
-from asyncflow.rundir import REPORT
-from asyncflow.runtime.local import Summary, Watch, run_local
+from asyncflow.rundir import CONFIG, REPORT
+from asyncflow.runtime.checkpoint import checkpoints
+from asyncflow.runtime.local import GoingOn, Summary, Watch, held, run_local
 from asyncflow.runtime.metrics import Listener
 
 
@@ -57,10 +61,122 @@ def run(
         run = asyncflow.run("configs/tiny.yaml", reward=lambda completions, **_: [float(len(c)) for c in completions])
         print(run.summary.outcome, run.report)
     """
-    result = launch(plan(resolve(config, overrides), rollout=rollout, learner=learner, reward=reward))
+    ready = plan(resolve(config, overrides), rollout=rollout, learner=learner, reward=reward)
+    return _raise_if_failed(launch(ready))
+
+
+def _raise_if_failed(result: Run) -> Run:
     if result.summary.outcome == "failed":
         raise RunFailed(f"{result.summary.reason} (the run is in {result.run_dir})") from result.error
     return result
+
+
+RESUMABLE = (
+    "steps",
+    "max_staleness",
+    "learning_rate",
+    "eval_every",
+    "max_failed_share",
+    "rollout.max_concurrency",
+    "rollout.cores",
+    "rollout.options",
+    "learner.cores",
+    "learner.micro_batch_tokens",
+    "learner.grad_clip",
+    "learner.options",
+    "weights",
+    "checkpoint",
+)
+"""What may change when a run goes on. Everything else decides what its samples are, or what its checkpoint fits."""
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    rollout: RolloutEngine | None = None,
+    learner: LearnerEngine | None = None,
+    reward: Callable[..., Any] | None = None,
+) -> Run:
+    """Go on with a run that was stopped or killed, from its last checkpoint (or that of `step`), to its last step.
+
+    Generated samples that are not trained yet are kept; steps after the checkpoint are made again with the samples that
+    they had consumed. `overrides` may change the settings in `RESUMABLE` (`steps=80` makes a finished run longer).
+    Raises as `run` does, and CheckpointError; a refusal leaves the run as it was.
+    """
+    ready, at = prepare_resume(run_dir, overrides=overrides, step=step, rollout=rollout, learner=learner, reward=reward)
+    return _raise_if_failed(launch(ready, going_on=at))
+
+
+def prepare_resume(
+    run_dir: str | Path, *, overrides: Sequence[str] = (), step: int | None = None, **made: Any
+) -> tuple[Plan, GoingOn]:
+    """The plan of a run that goes on, and where it does. Changes nothing; raises what `resume` refuses."""
+    run_dir = Path(run_dir)
+    config = _resumed_config(run_dir, overrides)
+    with held(run_dir):
+        at = _choose_checkpoint(run_dir, step)
+        if at.step >= config.steps:
+            raise ConfigError(
+                f"{run_dir} has made all of its {config.steps} steps: to go on, raise them (--set steps=N)"
+            )
+        ready = plan(config, **made)
+        if (checkpoint := at.checkpoint) is not None:
+            checkpoint.verify()
+            if checkpoint.problems != ready.problems.digest:
+                raise ConfigError(
+                    f"the training prompts of {config.data.train} are not those that the run began with: "
+                    "restore them, or start a new run"
+                )
+    return ready, at
+
+
+def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> Config:
+    path = run_dir / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run in {run_dir}: name a run directory") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read ({error}): restore it") from error
+    before = parse_config(values)
+    after = parse_config(values, overrides).model_copy(update={"run_dir": run_dir})
+    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
+    for key in sorted(_different(old, new)):
+        if key != "run_dir" and not any(key == name or key.startswith(f"{name}.") for name in RESUMABLE):
+            raise ConfigError(
+                f"{key} cannot change when a run goes on: start a new run, or change only {', '.join(RESUMABLE)}"
+            )
+    if not before.checkpoint.every:
+        raise ConfigError(
+            f"{run_dir} keeps no checkpoints (checkpoint.every is 0), so it cannot go on: start a new run"
+        )
+    if not after.checkpoint.every:
+        raise ConfigError("checkpoint.every must stay above 0 in a run that goes on")
+    return without_lost_cores(after)
+
+
+def _different(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ."""
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _different(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}"
+
+
+def _choose_checkpoint(run_dir: Path, step: int | None) -> GoingOn:
+    """The last checkpoint that the ledger knows, or the one of `step`."""
+    made = audit(run_dir).learner.n
+    there = {checkpoint.version.n: checkpoint for checkpoint in checkpoints(run_dir) if checkpoint.version.n <= made}
+    if step is None:
+        step = max(there, default=0)
+    if step and step not in there:
+        steps = ", ".join(map(str, sorted(there))) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: the steps that it has one of are {steps}")
+    return GoingOn(step=step, checkpoint=there.get(step))
 
 
 def resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -74,10 +190,16 @@ def resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence
             return parse_config(config, overrides)
 
 
-def launch(ready: Plan, *, listeners: Sequence[Listener] = (), watch: Watch | None = None) -> Run:
+def launch(
+    ready: Plan,
+    *,
+    going_on: GoingOn | None = None,
+    listeners: Sequence[Listener] = (),
+    watch: Watch | None = None,
+) -> Run:
     """Run a plan in this process and write its report, however it ends."""
     run_dir = ready.config.run_dir or new_run_dir(ready.config.name)
-    summary, error = run_local(ready, run_dir, listeners=listeners, watch=watch, at_end=write_report)
+    summary, error = run_local(ready, run_dir, going_on=going_on, listeners=listeners, watch=watch, at_end=write_report)
     return Run(run_dir=run_dir, summary=summary, error=error)
 
 

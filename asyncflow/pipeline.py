@@ -31,11 +31,11 @@ from asyncflow.data import PromptStream, tokenise
 from asyncflow.engines.base import LearnerEngine, RolloutEngine
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.plan import Plan
-from asyncflow.rundir import LEDGER
+from asyncflow.rundir import DATA, LEDGER
 from asyncflow.store.broker import Store
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
-from asyncflow.types import Int32s, Prompt, Recorder, Sampling
+from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
@@ -47,7 +47,8 @@ from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
 class Pipeline:
     """One run, wired and not yet started. `workers` run until the store closes; who runs them is the runtime's matter.
 
-    `on_done` is called once, when the last step is committed and published.
+    It begins where the store is: at version 0, or where a resumed run goes on. `after_step` is called with each version
+    that was committed and published, `on_done` once, after the last step.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Pipeline:
         rollout: RolloutEngine,
         learner: LearnerEngine,
         recorder: Recorder,
+        after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
     ) -> None:
         config = plan.config
@@ -70,6 +72,7 @@ class Pipeline:
 
         # Prompts are admitted as groups, as far ahead as max_staleness allows.
         self.prompts = PromptStream(plan.problems.train, seed=config.seed, shuffle=config.data.shuffle)
+        self.prompts.skip(store.table.next_group)
         self.feeder = Feeder(self.prompts, tokens, self.store)
 
         # The rollout engine completes them.
@@ -99,8 +102,10 @@ class Pipeline:
             recorder=recorder,
             config=config,
             generated_tokens=lambda: self.rollout.generated_tokens,
+            after_step=after_step,
             on_done=on_done,
         )
+        self.learner.version = store.table.learner
 
         # The weights go back into the rollout engine; some versions are evaluated on problems that nobody trains.
         self.evaluator = Evaluator(
@@ -111,6 +116,7 @@ class Pipeline:
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=0.0),
             recorder=recorder,
             every=config.eval_every,
+            since=store.table.learner.n,
         )
         self.weights = WeightFollower(
             self.host, self.channel, self.store, recorder, mode=config.weights.update, on_served=self.evaluator.served
@@ -168,5 +174,18 @@ def open_store(plan: Plan, run_dir: Path) -> Store:
         last_version=config.steps,
         min_group=2,
         max_attempts=3,
+        resumable=bool(config.checkpoint.every),
     )
-    return Store.create(Schema(stages()), terms, ledger=run_dir / LEDGER)
+    data = run_dir / DATA if terms.resumable else None
+    return Store.create(Schema(stages()), terms, ledger=run_dir / LEDGER, data=data)
+
+
+def reopen_store(plan: Plan, run_dir: Path, step: int) -> Store:
+    """The store of a run that goes on from a step that it had made, under the terms of today's plan.
+
+    Raises LedgerError, IllegalTransition.
+    """
+    config = plan.config
+    store = Store.reopen(Schema(stages()), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
+    store.amend(max_staleness=config.max_staleness, last_version=config.steps)
+    return store

@@ -44,6 +44,15 @@ def resolve_cores(config: Config) -> Config:
     )
 
 
+def without_lost_cores(config: Config) -> Config:
+    """The configuration of a run from another machine, or another cpuset: cores that are not here are derived again."""
+    available = os.sched_getaffinity(0)
+    sides = {name: getattr(config, name) for name in ("rollout", "learner")}
+    if all(set(side.cores or ()) <= available for side in sides.values()):
+        return config
+    return config.model_copy(update={name: side.model_copy(update={"cores": None}) for name, side in sides.items()})
+
+
 @contextmanager
 def pinned(cores: tuple[int, ...] | None) -> Iterator[None]:
     """Keep the calling thread, and all threads that it starts meanwhile, on these cores; None changes nothing."""

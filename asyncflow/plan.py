@@ -24,6 +24,9 @@ from asyncflow.rewards import Reward, load_reward
 DEFAULT_MAX_MODEL_LEN = 4096
 """Tokens of the longest sequence unless the configuration says otherwise: longer ones cost KV cache."""
 
+DEFAULT_CHECKPOINT_EVERY = 20
+"""Steps between two checkpoints."""
+
 CHECKED_PROMPTS = 5000
 """Training prompts whose length is looked at before the run. A longer one further on fails alone, when it is drawn."""
 
@@ -39,6 +42,8 @@ class Plan:
     tokenizer: Tokenizer
     problems: Problems
     reward: Reward
+    repeatable: bool
+    """The rollout engine is deterministic."""
     make_rollout: Callable[[], RolloutEngine]
     make_learner: Callable[[], LearnerEngine]
 
@@ -58,6 +63,7 @@ def plan(
     rollout_type = type(rollout) if rollout is not None else rollout_class(config.rollout.engine)
     learner_type = type(learner) if learner is not None else learner_class(config.learner.engine)
     _check_engines(config, rollout_type, learner_type)
+    config = _with_checkpoints(config, learner_type)
     # What is recorded is what runs, wherever it came from.
     if rollout is not None:
         config = _with(config, "rollout", engine=_import_path(rollout_type))
@@ -86,6 +92,7 @@ def plan(
         tokenizer=tokenizer,
         problems=problems,
         reward=scorer,
+        repeatable=rollout_type.capabilities.deterministic,
         make_rollout=lambda: rollout if rollout is not None else rollout_type.from_config(config, model),
         make_learner=lambda: learner if learner is not None else learner_type.from_config(config, model),
     )
@@ -113,6 +120,17 @@ def _check_engines(config: Config, rollout: type[RolloutEngine], learner: type[L
             f"deterministic with max_staleness 0 promises a repeatable run, and {rollout.__name__} is not "
             f"deterministic: set rollout.engine to one that is, or deterministic to false"
         )
+
+
+def _with_checkpoints(config: Config, learner: type[LearnerEngine]) -> Config:
+    every = config.checkpoint.every
+    if every and not learner.resumable:
+        raise ConfigError(
+            f"{learner.__name__} cannot save its state, so there are no checkpoints: set checkpoint.every to 0"
+        )
+    if every is None:
+        every = DEFAULT_CHECKPOINT_EVERY if learner.resumable else 0
+    return _with(config, "checkpoint", every=every)
 
 
 def _with_max_model_len(config: Config, info: ModelInfo) -> Config:
@@ -174,6 +192,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
             f"at most {bound + 1} step time{'s' if bound else ''} after the weights that made it were published",
         ),
         ("updates", f"{config.weights.update}: " + UPDATE_MEANING[config.weights.update]),
+        ("checkpoints", _checkpoints(config, info.parameters)),
     ]
 
 
@@ -181,6 +200,13 @@ UPDATE_MEANING = {
     "boundary": "the engine finishes what runs, then takes new weights",
     "in_flight": "the engine takes new weights between two tokens, and sequences go on with their old KV cache",
 }
+
+
+def _checkpoints(config: Config, parameters: int) -> str:
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    if not every:
+        return "none: a run that is stopped or killed cannot be resumed"
+    return f"every {every} steps and at the end, about {_gib(12 * parameters)} each, the last {keep} kept"
 
 
 def _gib(size: float) -> str:

@@ -1,18 +1,23 @@
-"""`asyncflow`: run, audit, report, serve.
+"""`asyncflow`: start a run and go on with one; watch and steer it; audit and report it; serve.
 
 Exit codes: 0 done; 1 the run failed, or the audit found a violation; 2 the user can fix it; 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncflow.errors import AsyncFlowError, StoreError, UserError
+from asyncflow.errors import AsyncFlowError, ControlError, StoreError, UserError
+
+if TYPE_CHECKING:
+    from asyncflow.plan import Plan
+    from asyncflow.runtime.local import GoingOn
 
 app = typer.Typer(
     help="Asynchronous reinforcement learning of language models.",
@@ -23,34 +28,115 @@ app = typer.Typer(
 
 EXIT = {"finished": 0, "failed": 1, "stopped": 130}
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what goes wrong.")]
 RunDir = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
 
 
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what goes wrong.")] = False,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a model."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    from asyncflow.cli.progress import Progress, print_plan
-    from asyncflow.launch import launch, resolve
+    _log(verbose)
+    from asyncflow.launch import resolve
     from asyncflow.plan import plan
 
-    ready = plan(resolve(config, overrides or ()))
+    _carry_out(plan(resolve(config, overrides or ())), None, dry_run)
+
+
+@app.command()
+def resume(
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option("--from", help="Step of the checkpoint; without it, the last.")] = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go on with a run that was stopped or killed, from its last checkpoint."""
+    _log(verbose)
+    from asyncflow.launch import prepare_resume
+
+    ready, at = prepare_resume(run_dir, overrides=overrides or (), step=step)
+    _carry_out(ready, at, dry_run)
+
+
+def _carry_out(ready: Plan, at: GoingOn | None, dry_run: bool) -> None:
+    from asyncflow.cli.progress import Progress, print_plan
+    from asyncflow.launch import launch
+
     print_plan(ready)
     if dry_run:
         return
     with Progress(ready.config) as progress:
-        result = launch(ready, listeners=[progress.listen], watch=progress.watch)
+        result = launch(ready, going_on=at, listeners=[progress.listen], watch=progress.watch)
     progress.print_end(result)
     raise typer.Exit(EXIT[result.summary.outcome])
+
+
+def _log(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command()
+def status(
+    run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
+) -> None:
+    """Say where a run is that goes on."""
+    from asyncflow.cli.progress import print_status
+    from asyncflow.runtime.control import ControlClient
+
+    values = ControlClient(run_dir).status()
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        print_status(values)
+
+
+@app.command()
+def pause(run_dir: RunDir) -> None:
+    """Let a run start nothing new; what it has is finished and kept."""
+    from asyncflow.runtime.control import ControlClient
+
+    ControlClient(run_dir).pause()
+
+
+@app.command(name="resume-run")
+def resume_run(run_dir: RunDir) -> None:
+    """Let a run that was paused go on."""
+    from asyncflow.runtime.control import ControlClient
+
+    ControlClient(run_dir).resume()
+
+
+@app.command()
+def stop(run_dir: RunDir) -> None:
+    """Stop a run in order, with a checkpoint; `asyncflow resume` goes on with it."""
+    from asyncflow.runtime.control import ControlClient
+
+    ControlClient(run_dir).stop()
+
+
+@app.command(name="set")
+def set_(
+    run_dir: RunDir,
+    setting: Annotated[str, typer.Argument(help="max_staleness=N", metavar="KEY=VALUE", show_default=False)],
+) -> None:
+    """Change max_staleness of a run while it goes on."""
+    from asyncflow.runtime.control import ControlClient
+
+    key, _, value = setting.partition("=")
+    if key != "max_staleness" or not value.lstrip("-").isdecimal():
+        raise ControlError(f"{setting} cannot be set while a run goes on: write max_staleness=N, N a whole number")
+    ControlClient(run_dir).set_max_staleness(int(value))
 
 
 @app.command()

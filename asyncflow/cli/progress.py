@@ -34,6 +34,22 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
 
 
+def print_status(status: Mapping[str, Any]) -> None:
+    """The status of a run, a line each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for label, value in status.items():
+        if isinstance(value, Mapping):
+            text = "  ".join(f"{name} {n}" for name, n in value.items())
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value))
+        else:
+            text = f"{value:.1f}" if isinstance(value, float) else str(value)
+        table.add_row(label.replace("_", " "), Text(text))
+    console.print(table)
+
+
 class Progress:
     """Listens to the metrics and looks at the store while a run goes on."""
 

@@ -15,10 +15,12 @@ import string
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from asyncflow.config import DataConfig
 from asyncflow.errors import DataError
@@ -42,6 +44,14 @@ class Problems:
     """Different contents among `train`; the other items repeat one of them."""
     eval: Sequence[Prompt]
     """`data.eval_size` problems with different contents, none of which is trained."""
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 (hex) of the training prompts in their order, every column included."""
+        digest = xxhash.xxh3_128()
+        for prompt in self.train:
+            digest.update(json.dumps([prompt.messages, dict(prompt.columns)], default=str, sort_keys=True).encode())
+        return str(digest.hexdigest())
 
 
 def load_problems(config: DataConfig, seed: int) -> Problems:

@@ -55,6 +55,11 @@ class PromptStream:
             self._order = self._permutation(self._epoch)
         return prompt
 
+    def skip(self, drawn: int) -> None:
+        """Go to where a stream is after it has drawn so many prompts since its beginning."""
+        self._epoch, self._position = divmod(drawn, len(self._prompts))
+        self._order = self._permutation(self._epoch)
+
     def seek(self, cursor: Cursor) -> None:
         """Go to a place that `cursor` returned earlier. Raises DataError when it belongs to other data."""
         if cursor.items != len(self._prompts):

@@ -17,11 +17,14 @@ from asyncflow.rundir import LEDGER
 from asyncflow.store.events import (
     Acked,
     Admitted,
+    Amended,
+    Checkpointed,
     Committed,
     Dropped,
     Leased,
     Opened,
     Quarantined,
+    Resumed,
     Returned,
     Served,
 )
@@ -53,6 +56,7 @@ class Audit:
     """The account of all samples of a run, and everything that is wrong with it."""
 
     terms: Opened
+    """Those that hold at the end."""
     admitted: int
     trained: int
     dropped: Mapping[str, int]
@@ -69,6 +73,15 @@ class Audit:
     """Trained samples with tokens of more than one policy version."""
     max_span: int
     """Most versions between the oldest and the newest token of one trained sample."""
+    learner: PolicyVersion
+    """Of the last step."""
+    resumed: tuple[PolicyVersion, ...]
+    """Where the run went on after it had ended, in order."""
+    taken_back: int
+    """Samples that steps had consumed and that were consumed again, because a checkpoint before these steps was
+    resumed. Each counts once for each time."""
+    highest_bound: int
+    """Highest `max_staleness` that ever held."""
     violations: tuple[str, ...]
     """One sentence for each broken promise."""
 
@@ -97,6 +110,8 @@ class Audit:
             many = len(self.violations)
             return f"{many} violation{'s' if many > 1 else ''} found: this run did not keep its promises."
         bound = self.terms.max_staleness
+        if self.highest_bound != bound:
+            return "The account balances and no trained sample is staler than the bound that held for it."
         return f"The account balances and no trained sample is staler than max_staleness = {bound}."
 
 
@@ -140,6 +155,13 @@ class _Books:
         """Open groups → their open samples."""
         self.stages: dict[int, str] = {}
         """Lease → stage."""
+        self.bounds: dict[int, int] = {}
+        """Lease → bound when it was given."""
+        self.consumed: dict[int, tuple[Committed, dict[int, int]]] = {}
+        """Step that can be taken back → its event, and the staleness of what it trained."""
+        self.resumed: list[PolicyVersion] = []
+        self.taken_back = 0
+        self.highest_bound = terms.max_staleness
         self.learner = PolicyVersion(n=0)
         self.served: dict[str, PolicyVersion] = {}
         self.admitted = self.trained = self.spanning = self.max_span = 0
@@ -160,6 +182,9 @@ class _Books:
             Dropped: self._dropped,
             Quarantined: self._quarantined,
             Served: self._served,
+            Amended: self._amended,
+            Checkpointed: self._checkpointed,
+            Resumed: self._resumed,
         }
 
     def enter(self, record: Record) -> None:
@@ -177,7 +202,7 @@ class _Books:
             terms=self.terms,
             admitted=self.admitted,
             trained=self.trained,
-            dropped=dict(self.dropped.most_common()),
+            dropped={reason: count for reason, count in self.dropped.most_common() if count},
             quarantined=self.quarantined.total(),
             quarantine_reasons=dict(self.quarantined.most_common()),
             open=sum(not sample.end for sample in self.samples.values()),
@@ -185,6 +210,10 @@ class _Books:
             steps=tuple(self.steps),
             spanning=self.spanning,
             max_span=self.max_span,
+            learner=self.learner,
+            resumed=tuple(self.resumed),
+            taken_back=self.taken_back,
+            highest_bound=self.highest_bound,
             violations=(),
         )
         if not result.balanced:
@@ -226,6 +255,7 @@ class _Books:
 
     def _leased(self, lsn: int, event: Leased) -> None:
         self.stages[event.lease_id] = event.stage
+        self.bounds[event.lease_id] = self.terms.max_staleness
         for sample_id in self._open(lsn, event.kind, event.rows):
             leases = self.samples[sample_id].leases
             if event.stage in leases:
@@ -257,9 +287,9 @@ class _Books:
         self._release(lsn, event)
 
     def _committed(self, lsn: int, event: Committed) -> None:
-        version, number = PolicyVersion.unpack(event.version), len(self.steps) + 1
-        step = f"step {number} (version {version})"
-        if version.n != self.learner.n + 1 or version.incarnation < self.learner.incarnation:
+        version = PolicyVersion.unpack(event.version)
+        step = f"step {len(self.steps) + 1} (version {version})"
+        if (version.incarnation, version.n) != (self.learner.incarnation, self.learner.n + 1):
             self._object(f"{step} does not follow on version {self.learner}: version numbers must be consecutive")
         rows = [*event.trained, *event.skipped]
         if twice := [i for i, times in Counter(event.trained).items() if times > 1 or self._ended(i) == "trained"]:
@@ -267,9 +297,10 @@ class _Books:
         self._check_whole_step(step, rows)
         self._check_trainable(step, event.trained)
         ages = {i: self._age(i) for i in event.trained}
-        if late := {i: age for i, age in ages.items() if age > self.terms.max_staleness}:
+        bounds = {i: self._bound(i) for i in event.trained}
+        if late := {i: age for i, age in ages.items() if age > bounds[i]}:
             listed = _listed([f"{i} (staleness {age})" for i, age in late.items()])
-            self._object(f"{step} trains above the bound of {self.terms.max_staleness}: sample {listed}")
+            self._object(f"{step} trains above the bound of {max(bounds[i] for i in late)}: sample {listed}")
         self._end(lsn, event.kind, event.trained, "trained")
         self._end(lsn, event.kind, event.skipped, "dropped")
         self.trained += len(event.trained)
@@ -288,6 +319,8 @@ class _Books:
             )
         )
         self.learner, self.crowded = version, False
+        if self.terms.resumable:
+            self.consumed[version.n] = event, ages
 
     def _check_whole_step(self, step: str, rows: Sequence[int]) -> None:
         groups = {self.samples[i].group for i in rows if i in self.samples}
@@ -322,6 +355,49 @@ class _Books:
         if version.n > self.learner.n:
             self._object(f"event {lsn}: engine {event.engine} serves {version}, which nothing was trained for yet")
 
+    def _amended(self, _: int, event: Amended) -> None:
+        self.terms = replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        self.highest_bound = max(self.highest_bound, event.max_staleness)
+
+    def _checkpointed(self, lsn: int, event: Checkpointed) -> None:
+        version, oldest = PolicyVersion.unpack(event.version), PolicyVersion.unpack(event.oldest)
+        if version.n > self.learner.n or oldest.n > version.n:
+            self._object(f"event {lsn} names a checkpoint of {version}, which nothing was trained for yet")
+        self.consumed = {n: step for n, step in self.consumed.items() if n > oldest.n}
+
+    def _resumed(self, lsn: int, event: Resumed) -> None:
+        version = PolicyVersion.unpack(event.version)
+        if version.incarnation != self.learner.incarnation + 1 or version.n > self.learner.n:
+            self._object(f"event {lsn} resumes at {version} after {self.learner}: an incarnation must be the next one")
+        if lost := [n for n in range(version.n + 1, self.learner.n + 1) if n not in self.consumed]:
+            self._object(f"event {lsn} resumes at {version}, and step {_listed([str(n) for n in lost])} was let go of")
+        for n in sorted((n for n in self.consumed if n > version.n), reverse=True):
+            self._take_back(*self.consumed.pop(n))
+        for sample_id, sample in self.samples.items():
+            if sample.end:
+                continue
+            self.groups.setdefault(sample.group, set()).add(sample_id)
+            sample.leases.clear()
+            if sample.versions is not None and sample.versions[1].n > version.n:
+                sample.versions, sample.has_response = None, False  # it is generated again
+        self.groups = dict(sorted(self.groups.items()))
+        self.served.clear()
+        self.resumed.append(version)
+        self.learner, self.crowded = version, True  # more is open than is admitted at once; that is no admission
+
+    def _take_back(self, event: Committed, ages: Mapping[int, int]) -> None:
+        """Undo the last step in the books."""
+        self.steps.pop()
+        self.trained -= len(event.trained)
+        if event.skipped:
+            self.dropped[SKIPPED] -= len(event.skipped)
+        self.staleness = self.staleness - Counter(ages.values())
+        for sample_id in event.trained:
+            self.spanning -= self._spans(sample_id)
+        for sample_id in (*event.trained, *event.skipped):
+            self.samples[sample_id].end = ""
+        self.taken_back += len(event.trained) + len(event.skipped)
+
     # -- books ---------------------------------------------------------------------------------------------------------
 
     def _object(self, sentence: str) -> None:
@@ -336,9 +412,19 @@ class _Books:
         sample = self.samples.get(sample_id)
         return self.learner.n - sample.versions[0].n if sample and sample.versions else 0
 
+    def _bound(self, sample_id: int) -> int:
+        """What held when the sample was leased to be trained."""
+        sample = self.samples.get(sample_id)
+        leases = sample.leases.values() if sample else ()
+        return self.bounds.get(max(leases, default=0), self.terms.max_staleness)
+
+    def _spans(self, sample_id: int) -> bool:
+        sample = self.samples.get(sample_id)
+        return bool(sample and sample.versions and sample.versions[0] != sample.versions[1])
+
     def _count_span(self, sample_id: int) -> None:
         sample = self.samples.get(sample_id)
-        if sample and sample.versions and sample.versions[0] != sample.versions[1]:
+        if sample and sample.versions and self._spans(sample_id):
             self.spanning += 1
             self.max_span = max(self.max_span, sample.versions[1].n - sample.versions[0].n)
 
@@ -427,6 +513,8 @@ def _bar(count: int, most: int) -> str:
 def _steps(audit: Audit) -> str:
     terms = audit.terms
     line = f"{len(audit.steps):,} steps of {terms.train_batch_size} places, groups of {terms.num_generations}"
+    if audit.resumed:
+        line += f"; resumed {len(audit.resumed)} times, {audit.taken_back:,} samples taken back and consumed again"
     if audit.spanning:
         line += f"; {audit.spanning:,} trained samples span policy versions, at most {audit.max_span}"
     return line

@@ -3,13 +3,18 @@
 Order of a run that goes well: load both engines → publish version 0 and serve it → evaluate → start the workers → wait
 for the last step → stop the workers → serve the last version → evaluate → stop the engine → save the weights → close
 the channel, the store and the metrics. A run that is stopped or fails leaves out what it can no longer do, and does
-the rest in the same order: processes end, shared memory is freed, the ledger and the summary are written.
+the rest in the same order: processes end, shared memory is freed, the ledger and the summary are written. Unless it was
+the learner that failed, every run ends with a checkpoint. A run that is resumed has the weights of its checkpoint
+instead of a first evaluation.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
+import shutil
 import signal
 import threading
 import time
@@ -18,17 +23,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from asyncflow.errors import AsyncFlowError, ConfigError, RunFailed
-from asyncflow.pipeline import Pipeline, open_store
+from asyncflow.engines.base import LearnerEngine
+from asyncflow.errors import AsyncFlowError, CheckpointError, ConfigError, ControlError, IllegalTransition, RunFailed
+from asyncflow.pipeline import Pipeline, open_store, reopen_store
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan
-from asyncflow.rundir import CONFIG, METRICS, SUMMARY, WEIGHTS
-from asyncflow.runtime.metrics import Listener, Metrics
+from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SUMMARY, WEIGHTS
+from asyncflow.runtime.checkpoint import Checkpoint, Checkpointer, read, remove_unfinished
+from asyncflow.runtime.control import ControlServer
+from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
 from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts
+from asyncflow.types import PolicyVersion
 from asyncflow.workers.base import Worker
 
 logger = logging.getLogger(__name__)
@@ -62,16 +71,32 @@ class Summary:
     accuracy_before: float | None = None
     """On the held-out problems, greedy."""
     accuracy_after: float | None = None
+    incarnation: int = 0
+    """How often the run was resumed."""
     weights: str | None = None
     """Folder of the final weights in Hugging Face format, within the run directory."""
     digest: str | None = None
     """Of the last published weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GoingOn:
+    """Where a run that is resumed goes on."""
+
+    step: int
+    checkpoint: Checkpoint | None
+    """Of that step; None at step 0, where the model itself is the state."""
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop."""
+
+
 def run_local(
     plan: Plan,
     run_dir: Path,
     *,
+    going_on: GoingOn | None = None,
     listeners: Sequence[Listener] = (),
     watch: Watch | None = None,
     at_end: Callable[[Path], object],
@@ -79,67 +104,231 @@ def run_local(
     """Run to the end and say how it ended, and because of which error if it failed.
 
     KeyboardInterrupt (Ctrl-C) and SIGTERM stop the run in order. `at_end` gets the run directory when all is written.
-    Raises ConfigError when `run_dir` holds something already.
+    Raises ConfigError when `run_dir` holds something already and the run is a new one, or when another process has it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    if any(run_dir.iterdir()):
+    if going_on is None and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir} is not empty: name another run_dir")
-    (run_dir / CONFIG).write_text(plan.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    run = _Run(plan, run_dir, listeners, watch)
-    began = time.monotonic()
+    with held(run_dir):
+        return _carry_out(_Run(plan, run_dir, going_on, listeners, watch), plan.config.learner.cores, at_end)
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory; the lock goes with the process that holds it. Raises ConfigError."""
+    folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process runs in {run_dir}: wait for it, or stop it (`asyncflow stop {run_dir}`)"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
+
+
+def _carry_out(
+    run: _Run, cores: tuple[int, ...] | None, at_end: Callable[[Path], object]
+) -> tuple[Summary, BaseException | None]:
     outcome: Outcome = "finished"
     failure: BaseException | None = None
-    with pinned(plan.config.learner.cores), _interruptions_wait() as let_through:
+    with pinned(cores), _interruptions_wait() as let_through:
         try:
             with let_through():
                 run.work()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             outcome = "stopped"
         except Exception as error:
             outcome, failure = "failed", error
-        summary = run.close(outcome, failure, time.monotonic() - began)
-        (run_dir / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-        _attempt("write the report", lambda: at_end(run_dir))
+        summary = run.close(outcome, failure)
+        (run.run_dir / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        _attempt("write the report", lambda: at_end(run.run_dir))
     return summary, failure
 
 
 class _Run:
-    def __init__(self, plan: Plan, run_dir: Path, listeners: Sequence[Listener], watch: Watch | None) -> None:
+    """One run from its beginning, or its checkpoint, to its end. Implements `RunControl`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        run_dir: Path,
+        going_on: GoingOn | None,
+        listeners: Sequence[Listener],
+        watch: Watch | None,
+    ) -> None:
         self._plan = plan
-        self._run_dir = run_dir
+        self.run_dir = run_dir
+        self._going_on = going_on
         self._watch = watch
+        self._began = time.monotonic()
+        self._phase = "starting"
+        self._stop_asked = threading.Event()
         self._metrics = Metrics(run_dir / METRICS)
         for listener in listeners:
             self._metrics.listen(listener)
         self._supervisor = Supervisor()
         self._store: Store | None = None
         self._pipeline: Pipeline | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._control: ControlServer | None = None
         self._accuracy: dict[str, float | None] = {"before": None, "after": None}
 
     def work(self) -> None:
         """Everything up to the last evaluation. Leaves the taking down to `close`."""
-        # The ledger first: whatever happens from here on, the run can be audited.
-        self._store = open_store(self._plan, self._run_dir)
+        learner, self._store = self._begin() if self._going_on is None else self._go_on(self._going_on)
+        (self.run_dir / CONFIG).write_text(self._plan.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self._control = ControlServer(self, self.run_dir)
         pipeline = self._pipeline = Pipeline(
             self._plan,
             self._store,
             rollout=self._plan.make_rollout(),
-            learner=self._plan.make_learner(),
+            learner=learner if learner is not None else self._plan.make_learner(),
             recorder=self._metrics,
+            after_step=self._after_step,
             on_done=self._supervisor.finish,
         )
+        self._checkpointer = self._make_checkpointer(pipeline, self._store)
         pipeline.host.start()
         pipeline.learner.publish()
+        self._check_published(pipeline)
         pipeline.weights.follow(0)
-        self._accuracy["before"] = pipeline.evaluator.evaluate(0)
+        self._check_stop()
+        self._evaluate_before(pipeline)
+        self._check_stop()
+        self._phase = "training"
         for worker in (*pipeline.workers, *self._guards(pipeline)):
             self._supervisor.start(worker)
         self._supervisor.wait()
+        self._check_stop()
+        self._phase = "evaluating"
         if stuck := self._supervisor.stop(pipeline.interrupt):
             raise RunFailed(f"{', '.join(stuck)} did not stop after the last step")
         self._supervisor.check()
         pipeline.weights.follow(0)
         self._accuracy["after"] = pipeline.evaluator.evaluate(pipeline.learner.version.n)
+
+    def _begin(self) -> tuple[None, Store]:
+        # The ledger first: whatever happens from here on, the run can be audited.
+        return None, open_store(self._plan, self.run_dir)
+
+    def _go_on(self, at: GoingOn) -> tuple[LearnerEngine, Store]:
+        """Load the checkpoint, then go back to it: what cannot be loaded leaves the run as it was."""
+        learner = self._plan.make_learner()
+        if at.checkpoint is not None:
+            learner.load_state(at.checkpoint.learner)
+        try:
+            store = reopen_store(self._plan, self.run_dir, at.step)
+        except IllegalTransition as error:
+            raise CheckpointError(f"{self.run_dir} cannot be resumed from step {at.step}: {error}") from error
+        remove_unfinished(self.run_dir)
+        for path in sorted((self.run_dir / CHECKPOINTS).glob("step-*")):
+            if read(path).version.n > at.step:
+                shutil.rmtree(path)  # of what the run has gone back behind
+        counts = store.counts()
+        values = {"step": at.step, "policy_version": str(counts.learner), "kept": counts.states}
+        self._metrics.log("resumed", values)
+        return learner, store
+
+    def _make_checkpointer(self, pipeline: Pipeline, store: Store) -> Checkpointer:
+        def digest() -> str:
+            latest = pipeline.channel.latest()
+            return "" if latest is None else latest.digest
+
+        config = self._plan.config.checkpoint
+        return Checkpointer(
+            self.run_dir,
+            every=config.every or 0,
+            keep=config.keep,
+            store=store,
+            recorder=self._metrics,
+            save=pipeline.engine.save_state,
+            digest=digest,
+            cursor=lambda: pipeline.prompts.cursor,
+            problems=self._plan.problems.digest,
+        )
+
+    def _after_step(self, version: PolicyVersion) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.after_step(version)
+
+    def _check_published(self, pipeline: Pipeline) -> None:
+        """The weights that were published are those of which the checkpoint was made."""
+        checkpoint = self._going_on.checkpoint if self._going_on is not None else None
+        latest = pipeline.channel.latest()
+        if checkpoint is not None and latest is not None and latest.digest != checkpoint.digest:
+            raise CheckpointError(
+                f"{checkpoint.path} was made of weights with digest {checkpoint.digest} and gives {latest.digest}: "
+                "resume with the engine and the precision that made it"
+            )
+
+    def _evaluate_before(self, pipeline: Pipeline) -> None:
+        if self._going_on is None:
+            self._phase = "evaluating"
+            self._accuracy["before"] = pipeline.evaluator.evaluate(0)
+            return
+        evals = read_metrics(self.run_dir / METRICS, "eval")
+        self._accuracy["before"] = next((line["eval/accuracy"] for line in evals if line.get("step") == 0), None)
+
+    # -- RunControl ----------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        store, config = self._store, self._plan.config
+        paused = not self._supervisor.going.is_set()
+        values: dict[str, Any] = {
+            "run_dir": str(self.run_dir.resolve()),
+            "name": config.name,
+            "pid": os.getpid(),
+            "phase": "stopping" if self._stop_asked.is_set() else "paused" if paused else self._phase,
+            "steps": config.steps,
+            "seconds": time.monotonic() - self._began,
+        }
+        if store is not None:
+            counts = store.counts()
+            values |= {
+                "step": counts.learner.n,
+                "max_staleness": counts.max_staleness,
+                "policy_version": str(counts.learner),
+                "served": {engine: str(version) for engine, version in counts.served.items()},
+                "admitted": counts.admitted,
+                "trained": counts.trained,
+                "dropped": dict(counts.dropped),
+                "quarantined": counts.quarantined,
+                "open": dict(counts.states),
+            }
+        if (pipeline := self._pipeline) is not None:
+            values["busy"] = [worker.name for worker in pipeline.workers if worker.busy]
+        return values
+
+    def pause(self) -> None:
+        self._supervisor.going.clear()
+
+    def resume(self) -> None:
+        self._supervisor.going.set()
+
+    def stop(self) -> None:
+        self._stop_asked.set()
+        self._supervisor.finish()
+
+    def set_max_staleness(self, bound: int) -> None:
+        if type(bound) is not int or bound < 0:
+            raise ControlError(f"max_staleness cannot be {bound!r}: give a whole number, 0 is synchronous")
+        if bound == 0 and self._plan.config.deterministic and not self._plan.repeatable:
+            raise ControlError(
+                "max_staleness 0 with deterministic needs a deterministic rollout engine: give 1 or more"
+            )
+        if self._store is None:
+            raise ControlError("the run has not begun yet: try again in a moment")
+        self._store.amend(max_staleness=bound)
+        self._metrics.log("set", {"max_staleness": bound})
+
+    def _check_stop(self) -> None:
+        if self._stop_asked.is_set():
+            raise Stopped
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _guards(self, pipeline: Pipeline) -> list[Worker]:
         guards: list[Worker] = [FailureLimit(pipeline.store, self._plan.config.max_failed_share)]
@@ -147,15 +336,16 @@ class _Run:
             guards.append(self._watch(lambda: status(pipeline)))
         return guards
 
-    def close(self, outcome: Outcome, failure: BaseException | None, seconds: float) -> Summary:
+    def close(self, outcome: Outcome, failure: BaseException | None) -> Summary:
         """Take everything down, whatever state it is in; a part that fails does not keep the others from it."""
         reason = {"finished": None, "stopped": "interrupted", "failed": str(failure) or type(failure).__name__}[outcome]
         if failure is not None:
             _attempt("record the failure", lambda: self._record(failure))
         weights = digest = None
-        steps = 0
+        steps = incarnation = 0
+        self._phase = "stopping"
         if (pipeline := self._pipeline) is not None:
-            steps = pipeline.learner.version.n
+            steps, incarnation = pipeline.learner.version.n, pipeline.learner.version.incarnation
             latest = pipeline.channel.latest()
             digest = latest.digest if latest is not None else None
             stuck = self._supervisor.stop(pipeline.interrupt)
@@ -164,11 +354,17 @@ class _Run:
                 # It still changes the weights: what would be saved now is nobody's policy.
                 reason = f"{reason}; the learner did not stop, so its weights are not saved"
             elif steps:
-                if _attempt("save the weights", lambda: pipeline.engine.save_pretrained(self._run_dir / WEIGHTS)):
+                if self._checkpointer is not None and self._sound(pipeline):
+                    _attempt("make the last checkpoint", lambda: self._last_checkpoint(pipeline))
+                if _attempt("save the weights", lambda: pipeline.engine.save_pretrained(self.run_dir / WEIGHTS)):
                     weights = WEIGHTS
                 _attempt("close the learner", pipeline.engine.close)
             _attempt("close the weight channel", pipeline.channel.close)
         _attempt("close the reward functions", self._plan.reward.close)
+        if self._checkpointer is not None:
+            _attempt("complete the last checkpoint", self._checkpointer.close)
+        if self._control is not None:
+            _attempt("close the control socket", self._control.close)
         if self._store is not None:
             _attempt("close the store", self._store.close)
         _attempt("close the metrics", self._metrics.close)
@@ -176,12 +372,21 @@ class _Run:
             outcome=outcome,
             reason=reason,
             steps=steps,
-            seconds=seconds,
+            seconds=time.monotonic() - self._began,
+            incarnation=incarnation,
             accuracy_before=self._accuracy["before"],
             accuracy_after=self._accuracy["after"],
             weights=weights,
             digest=digest,
         )
+
+    def _sound(self, pipeline: Pipeline) -> bool:
+        """Whether the learner's weights are those of its version, whatever else has failed."""
+        return self._supervisor.failed != pipeline.learner.name and pipeline.learner.between_steps
+
+    def _last_checkpoint(self, pipeline: Pipeline) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.make(pipeline.learner.version)
 
     def _record(self, failure: BaseException) -> None:
         """One line in the metrics, with a traceback where the cause is not one that was foreseen."""

@@ -50,14 +50,19 @@ class Metrics:
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """All lines of one kind, in order; a torn last line of a killed run is left out."""
-    lines = []
+    """All lines of one kind, in order; a torn last line of a killed run is left out.
+
+    What a run measured after a checkpoint that it was later resumed from is left out too: it made these steps again.
+    """
+    lines: list[dict[str, Any]] = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
+            if line.get("kind") == "resumed":
+                lines = [kept for kept in lines if kept.get("step", 0) <= line["step"]]
             if line.get("kind") == kind:
                 lines.append(line)
     return lines

@@ -25,6 +25,9 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
+        self.going = threading.Event()
+        """Not set while the run is paused."""
+        self.going.set()
         self._wake = threading.Event()
         self._threads: list[threading.Thread] = []
         self._failure: tuple[str, BaseException] | None = None
@@ -37,7 +40,7 @@ class Supervisor:
 
     def _run(self, worker: Worker) -> None:
         try:
-            worker.run(self.stopping)
+            worker.run(self.stopping, self.going)
             if not self.stopping.is_set():
                 raise RuntimeError("it ended by itself")
         except BaseException as error:
@@ -55,6 +58,11 @@ class Supervisor:
         """Wait until somebody calls `finish`. Raises RunFailed as soon as a worker fails."""
         self._wake.wait()
         self.check()
+
+    @property
+    def failed(self) -> str | None:
+        """Name of the worker that failed first, before it was told to stop."""
+        return None if self._failure is None else self._failure[0]
 
     def check(self) -> None:
         """Raise RunFailed when a worker has failed before it was told to stop."""

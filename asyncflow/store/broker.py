@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -21,7 +21,7 @@ from asyncflow.store.events import Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.lifecycle import OPEN_STATES
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
-from asyncflow.store.segments import FileSegments, MemorySegments
+from asyncflow.store.segments import FileSegments, MemorySegments, sync_file
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
@@ -163,10 +163,17 @@ class Store:
             self._perform(self.table.checkpointed(version, oldest=oldest))
 
     def sync(self) -> int:
-        """See that all data and decisions so far survive a power cut. Returns the ledger's last lsn."""
+        """See that all data and decisions so far survive a power cut. Returns the ledger's last lsn.
+
+        Raises LedgerError. Nobody waits for it meanwhile.
+        """
         with self._operation():
-            self._segments.sync()
-            return self._journal.sync()
+            lsn, files = self._journal.lsn, self._segments.unsynced()
+        for path in files:
+            with suppress(FileNotFoundError):  # its samples have ended since
+                sync_file(path)
+        self._journal.sync()
+        return lsn
 
     def counts(self) -> Counts:
         with self._lock:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,14 +84,23 @@ class Journal:
                 self._db.execute("ROLLBACK")
             raise
 
-    def sync(self) -> int:
-        """See that everything written so far survives a power cut; returns its last lsn. Raises LedgerError."""
+    @property
+    def lsn(self) -> int:
+        """Of the last event."""
+        (lsn,) = self._db.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
+        return int(lsn)
+
+    def sync(self) -> None:
+        """See that everything written so far survives a power cut. Raises LedgerError.
+
+        In any thread, also while others write: a passive checkpoint on a connection of its own syncs the log and waits
+        for nobody (https://www.sqlite.org/c3ref/wal_checkpoint_v2.html).
+        """
         try:
-            (lsn,) = self._db.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
-            self._db.execute("PRAGMA wal_checkpoint(FULL)")
+            with closing(sqlite3.connect(self._path)) as db:
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         except sqlite3.Error as error:
             raise LedgerError(f"{self._path} cannot be synced ({error}): see that its disk works") from error
-        return int(lsn)
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and close it. May be called twice.

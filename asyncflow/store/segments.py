@@ -35,6 +35,15 @@ _ALIGNMENT = 64
 _OFFSET_BITS = 40
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder, survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class MemorySegments:
     """Frames in the memory of this process (durability `memory`: they do not outlive it)."""
 
@@ -73,8 +82,9 @@ class MemorySegments:
                 pieces.append(values.take(pa.array(offsets)))
         return pa.concat_arrays(pieces) if pieces else pa.array([], COLUMNS[column])
 
-    def sync(self) -> None:
-        """See that what was written survives a power cut, where it is written at all."""
+    def unsynced(self) -> list[Path]:
+        """Files that were written to since the last call: who syncs them makes their frames survive a power cut."""
+        return []
 
     def close(self) -> None:
         """May be called twice."""
@@ -100,6 +110,7 @@ class FileSegments(MemorySegments):
         self._folder = folder
         self._live: Counter[int] = Counter()
         """Segment → frames that are needed."""
+        self._written: set[int] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             numbers = sorted(int(path.stem) for path in folder.glob(f"*{SUFFIX}"))
@@ -115,9 +126,9 @@ class FileSegments(MemorySegments):
         except OSError as error:
             raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
 
-    def sync(self) -> None:
-        if self._file >= 0:
-            os.fdatasync(self._file)
+    def unsynced(self) -> list[Path]:
+        written, self._written = self._written, set()
+        return [self._path(number) for number in sorted(written)]
 
     def close(self) -> None:
         if self._file >= 0:
@@ -143,6 +154,7 @@ class FileSegments(MemorySegments):
                 f"the data of a sample cannot be written to {self._folder} ({error}): see that its disk has room"
             ) from error
         self._end += size
+        self._written.add(self._number)
         self._live[self._number] += 1
         return frame
 

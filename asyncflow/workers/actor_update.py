@@ -64,6 +64,8 @@ class Step:
 class ActorUpdate(StageWorker):
     """Consumes scored groups, produces policy versions. Waits for the groups of its step; a reward completes one."""
 
+    pauses = True
+
     def __init__(
         self,
         stage: Stage,
@@ -75,14 +77,17 @@ class ActorUpdate(StageWorker):
         recorder: Recorder,
         config: Config,
         generated_tokens: Callable[[], int],
+        after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
     ) -> None:
+        """`after_step` is called with each new version when it is committed and published, `on_done` after the last."""
         super().__init__(stage, store, heartbeat)
         self._engine = engine
         self._channel = channel
         self._recorder = recorder
         self._config = config
         self._generated_tokens = generated_tokens
+        self._after_step = after_step
         self._on_done = on_done
         self._one_update = config.updates_per_step == config.epochs_per_step == 1
         self._streams = self._one_update and not config.deterministic
@@ -93,6 +98,11 @@ class ActorUpdate(StageWorker):
         self._generated_before = 0
         if config.learner.cores is not None:
             torch.set_num_threads(len(config.learner.cores))
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether the engine's weights are those of `version`: no update of a step under way is in them."""
+        return self._step is None or not self._step.updates
 
     def publish(self) -> None:
         """Put the current weights into the channel under the current version."""
@@ -174,6 +184,7 @@ class ActorUpdate(StageWorker):
         self.publish()
         self._report(step, weight_sync_s=time.monotonic() - sync_began)
         self._step = None
+        self._after_step(self.version)
         if self.version.n == self._config.steps:
             self._on_done()
 

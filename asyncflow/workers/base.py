@@ -11,6 +11,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import pyarrow as pa
 
@@ -31,6 +32,8 @@ class Worker(ABC):
     """A loop that can be stopped."""
 
     name: str
+    pauses: ClassVar[bool] = False
+    """Whether it makes no turns while the run is paused: who starts something does, who finishes something does not."""
     _processing = False
 
     @property
@@ -42,11 +45,15 @@ class Worker(ABC):
     def turn(self) -> None:
         """Wait at most about `PATIENCE` seconds for something to do, and do it."""
 
-    def run(self, stopping: threading.Event) -> None:
-        """Make turns until the run stops or the store closes. What a turn raises otherwise is a failure of the run."""
+    def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
+        """Make turns until the run stops or the store closes; those who pause make none while `going` is not set.
+
+        What a turn raises is a failure of the run.
+        """
         try:
             while not stopping.is_set():
-                self.turn()
+                if going is None or not self.pauses or going.wait(PATIENCE):
+                    self.turn()
         except Closed:
             if not stopping.is_set():
                 raise

@@ -35,8 +35,9 @@ class Evaluator(Worker):
         sampling: Sampling,
         recorder: Recorder,
         every: int,
+        since: int = 0,
     ) -> None:
-        """`every`: steps between two evaluations that `served` asks for; 0 is never."""
+        """`every`: steps between two evaluations that `served` asks for; 0 is never. `since`: step of the last one."""
         self._host = host
         self._problems = problems
         self._tokenise = tokenise
@@ -44,7 +45,7 @@ class Evaluator(Worker):
         self._sampling = sampling
         self._recorder = recorder
         self._every = every
-        self._due = every
+        self._due = (since // every + 1) * every if every else 0
         self._asked: queue.SimpleQueue[PolicyVersion] = queue.SimpleQueue()
 
     def served(self, version: PolicyVersion) -> None:

@@ -18,6 +18,7 @@ class Feeder(Worker):
     """Consumes the prompt stream, produces groups. Waits for room in the store; the learner's commits make it."""
 
     name = "feeder"
+    pauses = True
 
     def __init__(self, prompts: PromptStream, tokenise: Callable[[Prompt], Int32s], store: StoreClient) -> None:
         self._prompts = prompts

@@ -163,6 +163,8 @@ class EngineHost:
 class RolloutWorker(StageWorker):
     """Consumes prompts, produces completions. Waits for a free place in the engine; a finished sequence makes it."""
 
+    pauses = True
+
     def __init__(
         self,
         stage: Stage,

@@ -1,0 +1,152 @@
+"""Watch and steer a run while it goes on, from the same process or another one.
+
+`RunControl` is what can be asked of a run; the run itself and the client of its socket both implement it, so that the
+command line and the HTTP service do not care where the run is.
+
+The wire is a Unix socket in the run directory, one request a connection: a JSON object on one line with `call` and
+`arguments`, answered by one with `result` or `error` (a sentence). Whoever may enter the run directory may steer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from asyncflow.errors import AsyncFlowError, ControlError
+from asyncflow.rundir import SOCKET
+
+MAX_LINE = 1 << 20
+"""Bytes of a request or an answer."""
+DEADLINE = 30.0
+"""Seconds that either side waits for the other."""
+
+
+class RunControl(Protocol):
+    """What can be asked of a run. Raises ControlError for what cannot be, and has changed nothing then."""
+
+    def status(self) -> Mapping[str, Any]:
+        """Where the run is: plain JSON values."""
+
+    def pause(self) -> None:
+        """Start nothing new: what is being generated or scored is finished and kept. May be called twice."""
+
+    def resume(self) -> None:
+        """Go on after a pause. May be called twice."""
+
+    def stop(self) -> None:
+        """Stop in order, with a checkpoint to resume from; returns at once. May be called twice."""
+
+    def set_max_staleness(self, bound: int) -> None:
+        """Change the bound, at once for what is admitted and leased from now on."""
+
+
+class ControlServer:
+    """Answers for a run at the socket in its directory."""
+
+    def __init__(self, control: RunControl, run_dir: Path) -> None:
+        """The caller holds the run directory: a socket that is there was left by a process that has ended."""
+        calls: dict[str, Callable[..., Any]] = {
+            "status": control.status,
+            "pause": control.pause,
+            "resume": control.resume,
+            "stop": control.stop,
+            "set_max_staleness": control.set_max_staleness,
+        }
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = DEADLINE
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):  # who asked is gone
+                    answer = _answer(calls, self.rfile.readline(MAX_LINE))
+                    self.wfile.write(json.dumps(answer, default=str).encode() + b"\n")
+
+        self._path = run_dir / SOCKET
+        self._path.unlink(missing_ok=True)
+        with _reachable(run_dir) as address:
+            self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
+        self._path.chmod(0o600)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more. May be called twice."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        self._path.unlink(missing_ok=True)
+
+
+class ControlClient:
+    """A `RunControl` for the run in a directory, which another process makes."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+
+    def status(self) -> Mapping[str, Any]:
+        status: Mapping[str, Any] = self._call("status")
+        return status
+
+    def pause(self) -> None:
+        self._call("pause")
+
+    def resume(self) -> None:
+        self._call("resume")
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def set_max_staleness(self, bound: int) -> None:
+        self._call("set_max_staleness", bound=bound)
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        if not self._run_dir.is_dir():
+            raise ControlError(f"there is no directory {self._run_dir}: name a run directory")
+        try:
+            with socket.socket(socket.AF_UNIX) as connection, _reachable(self._run_dir) as address:
+                connection.settimeout(DEADLINE)
+                connection.connect(address)
+                connection.sendall(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
+                with connection.makefile("rb") as stream:
+                    answer = json.loads(stream.readline(MAX_LINE))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise ControlError(
+                f"no run is going on in {self._run_dir}: it has ended, or was killed "
+                f"(`asyncflow resume {self._run_dir}` goes on with it)"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ControlError(f"the run in {self._run_dir} does not answer ({error}): look at its terminal") from error
+        if "error" in answer:
+            raise ControlError(str(answer["error"]))
+        return answer["result"]
+
+
+def _answer(calls: Mapping[str, Callable[..., Any]], line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+        call = calls[request["call"]]
+        arguments = dict(request.get("arguments") or {})
+    except (ValueError, LookupError, TypeError):
+        return {"error": f"ask for one of {', '.join(calls)} with a JSON object that has `call` and `arguments`"}
+    try:
+        return {"result": call(**arguments)}
+    except (AsyncFlowError, TypeError) as error:
+        return {"error": str(error)}
+
+
+@contextlib.contextmanager
+def _reachable(run_dir: Path) -> Iterator[str]:
+    """The socket's address in a short form: the kernel takes at most 107 bytes, and run directories are deep."""
+    folder = os.open(run_dir, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{SOCKET}"
+    finally:
+        os.close(folder)
