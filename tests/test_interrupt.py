@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,20 +17,9 @@ import pytest
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
 from tests.conftest import TINY
+from tests.processes import DEADLINE, wait_until
 
 Start = Callable[..., subprocess.Popen[str]]
-
-DEADLINE = 180.0
-"""Seconds after which a run that does not do what it should has failed the test."""
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Look at the condition until it holds; the process under test must be alive meanwhile."""
-    deadline, pause = time.monotonic() + DEADLINE, threading.Event()
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run did not get so far in time"
-        pause.wait(0.05)
 
 
 @pytest.fixture
