@@ -24,6 +24,7 @@ from asyncflow.store.client import Lease
 from asyncflow.store.events import Acked, Admitted, Committed, Opened
 from asyncflow.store.journal import read_ledger
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, Schema, Stage
+from asyncflow.store.segments import FileSegments
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
@@ -839,3 +840,143 @@ def test_many_threads_share_one_store_and_nothing_is_lost(tmp_path: Path) -> Non
     assert bench.nbytes() == 0
     assert bench.rebuilt().snapshot() == bench.store.table.snapshot()
     bench.store.close()
+
+
+# -- the next process --------------------------------------------------------------------------------------------------
+
+
+class Lives:
+    """One store after the other over the same ledger and data, as the processes of a run that is resumed have it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ledger, self.data = folder / "ledger.sqlite", folder / "data"
+        self.bench = Bench.__new__(Bench)
+        self.bench.ledger, self.bench.terms = self.ledger, terms(resumable=True)
+        self.bench.store = Store.create(SCHEMA, self.bench.terms, ledger=self.ledger, data=self.data)
+        self.bench.store.serve("engine", PolicyVersion(n=0))
+
+    def die(self) -> None:
+        """Without closing anything: what is not in the files is gone."""
+        self.bench.store._closed = True
+
+    def begin_again(self, step: int | None = None) -> Bench:
+        self.bench.store = Store.reopen(SCHEMA, ledger=self.ledger, data=self.data, step=step)
+        return self.bench
+
+
+@pytest.fixture
+def lives(tmp_path: Path) -> Iterator[Lives]:
+    lives = Lives(tmp_path)
+    yield lives
+    lives.bench.store.close()
+
+
+def step_of(bench: Bench, incarnation: int, n: int) -> None:
+    """Admit, generate with the newest weights, score and commit one step."""
+    bench.admit(2)
+    lease = bench.take("rollout")
+    packed = [[PolicyVersion(incarnation=incarnation, n=n - 1).packed] * i for i in ids(lease)]
+    columns = responses(ids(lease))
+    place = columns.schema.get_field_index("token_versions")
+    columns = columns.set_column(place, "token_versions", pa.array(packed, COLUMNS["token_versions"]))
+    bench.store.ack(lease.lease_id, ids(lease), columns)
+    bench.score()
+    lease = bench.take("train")
+    version = PolicyVersion(incarnation=incarnation, n=n)
+    bench.store.commit(leases=[lease.lease_id], trained=ids(lease), skipped=[], version=version)
+    bench.store.serve("engine", version)
+
+
+def test_what_was_acknowledged_comes_back_in_the_next_process_as_it_was_put(lives: Lives) -> None:
+    lives.bench.admit(2)
+    lives.bench.generate()
+    lives.bench.score()
+    lives.bench.take("train")
+    before = lives.bench.rebuilt()
+    lives.die()
+
+    bench = lives.begin_again()
+
+    lease = bench.take("train")
+    assert ids(lease) == [0, 1, 2, 3]
+    assert lease.data.column("response").to_pylist() == [f"Ünï {i}" for i in range(4)]
+    assert lease.data.column("prompt").to_pylist() == [json.dumps(f"What is {i} + 1?") for i in (0, 0, 1, 1)]
+    assert bench.store.counts().learner == PolicyVersion(incarnation=1, n=0)
+    assert bench.store.counts().admitted == before.next_sample
+
+
+def test_going_back_takes_back_what_later_steps_consumed_and_generates_again_what_they_made(lives: Lives) -> None:
+    for n in (1, 2, 3):
+        step_of(lives.bench, 0, n)
+    lives.die()
+
+    bench = lives.begin_again(step=1)
+
+    counts = bench.store.counts()
+    assert (counts.trained, counts.admitted) == (4, 12)
+    assert counts.states["rewarded"] == 4  # step 2's, of version 1, which is still there
+    assert counts.states["prompted"] == 4  # step 3's, of version 2, which is not
+    bench.store.serve("engine", PolicyVersion(incarnation=1, n=1))
+    lease = bench.take("train")
+    assert ids(lease) == [4, 5, 6, 7]
+    assert bench.rebuilt().snapshot() == bench.store.table.snapshot()
+
+
+def test_data_stay_until_a_checkpoint_has_passed_their_step(lives: Lives) -> None:
+    store = lives.bench.store
+    for n in (1, 2):
+        step_of(lives.bench, 0, n)
+    assert lives.bench.nbytes() > 0
+
+    store.checkpointed(PolicyVersion(n=2), oldest=PolicyVersion(n=1))
+    assert lives.bench.nbytes() > 0  # of step 2, to which a checkpoint of step 1 that is kept may lead back
+    store.checkpointed(PolicyVersion(n=2), oldest=PolicyVersion(n=2))
+
+    assert lives.bench.nbytes() == 0
+    lives.die()
+    with pytest.raises(IllegalTransition, match=r"cannot go on from step 1: what step 2 consumed is gone"):
+        lives.begin_again(step=1)
+    lives.begin_again(step=2)
+
+
+def test_a_segment_goes_with_the_last_row_that_needs_it(tmp_path: Path) -> None:
+    segments = FileSegments(tmp_path, segment_bytes=1)
+    first, second, third = (segments.write(prompts(1), rows=2) for _ in range(3))
+    assert len(list(tmp_path.iterdir())) == 3
+
+    segments.release(first)
+    segments.release(second, 2)
+    assert len(list(tmp_path.iterdir())) == 2
+    segments.release(first)
+    segments.release(third, 2)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["000003.segment"]  # the one that is being written
+    segments.close()
+
+
+def test_a_torn_tail_is_nobodys_and_damage_in_the_middle_is_named(lives: Lives) -> None:
+    lives.bench.admit(2)
+    lives.die()
+    (path,) = lives.data.iterdir()
+    with path.open("ab") as file:
+        file.write(b"AFFRAME1 and then the power went")
+    lives.begin_again()  # what was never acknowledged is not missed
+    lives.die()
+
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=r"000001\.segment is damaged at byte 0 .*start a new run"):
+        lives.begin_again()
+
+
+def test_the_bound_can_change_while_rows_are_out(bench: Bench) -> None:
+    bench.store.amend(max_staleness=3)
+    assert bench.store.counts().capacity == 16
+    bench.store.amend(max_staleness=0)
+    assert bench.store.counts().capacity == 4
+
+    with pytest.raises(IllegalTransition, match="max_staleness cannot be -1"):
+        bench.store.amend(max_staleness=-1)
+    assert bench.store.counts().max_staleness == 0
+    assert bench.rebuilt().snapshot() == bench.store.table.snapshot()

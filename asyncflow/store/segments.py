@@ -100,7 +100,9 @@ class MemorySegments:
 class FileSegments(MemorySegments):
     """Frames in memory and in files (durability `process`)."""
 
-    def __init__(self, folder: Path, *, needed: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, needed: Mapping[int, int] | None = None, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
         """Begin a segment in `folder`, after reading the frames that are `needed` (frame → rows) from earlier ones.
 
         Segments without any of these are removed. Raises LedgerError when a needed frame is missing or damaged, or the
@@ -108,6 +110,7 @@ class FileSegments(MemorySegments):
         """
         super().__init__()
         self._folder = folder
+        self._segment_bytes = segment_bytes
         self._live: Counter[int] = Counter()
         """Segment → frames that are needed."""
         self._written: set[int] = set()
@@ -143,7 +146,7 @@ class FileSegments(MemorySegments):
         header = _HEADER.pack(MAGIC, len(body), xxhash.xxh3_64_intdigest(body))
         padding = bytes(-(len(header) + len(body)) % _ALIGNMENT)
         try:
-            if self._end >= SEGMENT_BYTES:
+            if self._end >= self._segment_bytes:
                 self._roll()
             frame = self._number << _OFFSET_BITS | self._end
             size = len(header) + len(body) + len(padding)
