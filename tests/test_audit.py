@@ -34,9 +34,8 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.table = Table(SCHEMA, TERMS)
-        self.journal = Journal(folder / "ledger.sqlite")
         self.at = 0.0
-        self.journal.append([TERMS], self.at)
+        self.journal = Journal.create(folder / "ledger.sqlite", TERMS, self.at)
 
     def do(self, events: list[Event] | None) -> None:
         assert events is not None

@@ -514,7 +514,8 @@ def _steps(audit: Audit) -> str:
     terms = audit.terms
     line = f"{len(audit.steps):,} steps of {terms.train_batch_size} places, groups of {terms.num_generations}"
     if audit.resumed:
-        line += f"; resumed {len(audit.resumed)} times, {audit.taken_back:,} samples taken back and consumed again"
+        times = f"{len(audit.resumed)} times" if len(audit.resumed) > 1 else "once"
+        line += f"; resumed {times}, {audit.taken_back:,} samples taken back and consumed again"
     if audit.spanning:
         line += f"; {audit.spanning:,} trained samples span policy versions, at most {audit.max_span}"
     return line

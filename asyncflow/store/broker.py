@@ -51,8 +51,7 @@ class Store:
         Raises LedgerError when the ledger exists, or one of the two cannot be made.
         """
         clock = clock or SystemClock()
-        journal = Journal(ledger)
-        journal.append([opened], clock.wall())
+        journal = Journal.create(ledger, opened, clock.wall())
         return cls(Table(schema, opened), journal, MemorySegments() if data is None else FileSegments(data), clock)
 
     @classmethod
@@ -67,7 +66,7 @@ class Store:
         clock = clock or SystemClock()
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
-        store = cls(table, Journal(ledger, go_on=True), FileSegments(data, needed=table.frames()), clock)
+        store = cls(table, Journal(ledger), FileSegments(data, needed=table.frames()), clock)
         with store._operation():
             store._perform(events)
         return store

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from asyncflow.errors import LedgerError
 from asyncflow.store.events import Event, from_json
 
 FORMAT = 1
+_INSERT = "INSERT INTO events(at, kind, body) VALUES (?, ?, ?)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,39 +35,50 @@ class Record:
 
 
 class Journal:
-    """Writes a ledger. Not thread-safe: the broker holds its lock. Raises LedgerError when it cannot be made."""
+    """Writes a ledger. Not thread-safe: the broker holds its lock. Only one process writes to a ledger."""
 
-    def __init__(self, path: Path, *, go_on: bool = False) -> None:
-        """Make a new ledger, or `go_on` with one that was read to its end. Only one process writes to a ledger."""
-        if path.exists() is not go_on:
-            raise LedgerError(
-                f"there is no ledger {path}: name a run directory"
-                if go_on
-                else f"{path} exists already: start a run in a new directory"
-            )
+    def __init__(self, path: Path) -> None:
+        """Go on with a ledger. Raises LedgerError when there is none, or it cannot be opened."""
+        if not path.is_file():
+            raise LedgerError(f"there is no ledger {path}: name a run directory")
         self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            if not go_on:
-                self._make_tables()
         except sqlite3.Error as error:
-            raise LedgerError(f"{path} cannot be made ({error}): name a directory that can be written") from None
+            raise LedgerError(f"{path} cannot be opened ({error}): see that it can be written") from None
 
-    def _make_tables(self) -> None:
-        self._db.execute(
-            "CREATE TABLE events(lsn INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
-        )
-        self._db.execute("CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-        self._db.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+    @classmethod
+    def create(cls, path: Path, first: Event, at: float) -> Self:
+        """Make a ledger that begins with this event. It is there as a whole or not at all, whatever interrupts this.
+
+        Raises LedgerError when it exists already or cannot be made.
+        """
+        if path.exists():
+            raise LedgerError(f"{path} exists already: start a run in a new directory")
+        aside = path.with_name(f"{path.name}.part")
+        try:
+            aside.unlink(missing_ok=True)
+            with closing(sqlite3.connect(aside, isolation_level=None)) as db:
+                db.execute(
+                    "CREATE TABLE events"
+                    "(lsn INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
+                )
+                db.execute("CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+                db.execute("INSERT INTO meta VALUES ('format', ?)", (str(FORMAT),))
+                db.execute(_INSERT, (at, first.kind, first.to_json()))
+            aside.rename(path)
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerError(f"{path} cannot be made ({error}): name a directory that can be written") from None
+        return cls(path)
 
     def append(self, events: Sequence[Event], at: float) -> None:
         """Write the decisions of one operation, all or none. Raises LedgerError when they cannot be written."""
         lines = [(at, event.kind, event.to_json()) for event in events if event.journaled]
         try:
             if len(lines) == 1:
-                self._db.execute("INSERT INTO events(at, kind, body) VALUES (?, ?, ?)", lines[0])
+                self._db.execute(_INSERT, lines[0])
             elif lines:
                 self._write_together(lines)
         except sqlite3.Error as error:
@@ -77,7 +90,7 @@ class Journal:
     def _write_together(self, lines: Sequence[tuple[float, str, str]]) -> None:
         self._db.execute("BEGIN")
         try:
-            self._db.executemany("INSERT INTO events(at, kind, body) VALUES (?, ?, ?)", lines)
+            self._db.executemany(_INSERT, lines)
             self._db.execute("COMMIT")
         except BaseException:
             with suppress(sqlite3.Error):  # SQLite has rolled back already when the disk is full
