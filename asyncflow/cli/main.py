@@ -175,6 +175,25 @@ def export(
 
 
 @app.command()
+def doctor(
+    vllm: Annotated[bool, typer.Option("--vllm", help="Start a real vLLM as well (half a minute).")] = False,
+) -> None:
+    """Look at this machine and make a small run, to see whether everything works."""
+    from asyncflow.cli.doctor import print_findings
+    from asyncflow.doctor import examine
+
+    raise typer.Exit(1 if print_findings(examine(vllm=vllm)) else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure: `bench overlap --json FILE`, `bench weights`, …; without a name all, one after the other."""
+    from asyncflow.cli.bench import benchmarks
+
+    benchmarks().main(context.args)
+
+
+@app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8765,
