@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asyncflow.errors import RunFailed
-from benchmarks import overlap
+from benchmarks import generation, overlap, weights
 from benchmarks.machine import machine
 from benchmarks.overlap import ASYNCHRONOUS, MODES, WORKLOADS, measure, settings_of, summarise, table
 
@@ -94,6 +94,47 @@ def test_only_the_steps_in_the_middle_of_a_run_are_counted(tmp_path: Path) -> No
     assert values["steps"] == overlap.WARM_UP + 3 + overlap.TAIL
     assert len(result["step_s"]) == 3
     assert result["rest_s"] + result["train_s"] == pytest.approx(1 / result["steps_per_s"])
+
+
+def test_updates_are_measured_in_both_modes_and_given_as_shares_of_a_step(tmp_path: Path) -> None:
+    file = tmp_path / "weights.json"
+    short = ["--updates", "3", "--interval", "0.05", "--undisturbed", "0.1", "--json", str(file)]
+
+    weights.main(["--model", "tiny", *short, *FAKE[2:], *SMALL])
+
+    result = json.loads(file.read_text())["models"]["tiny"]
+    assert set(result["modes"]) == set(result["raw"]["modes"]) == {"boundary", "in_flight"}
+    for mode, raw in result["raw"]["modes"].items():
+        assert len(raw["publish_s"]) == len(raw["update_s"]) == len(raw["load_s"]) == 3
+        assert raw["tokens"] > 0
+        share = result["modes"][mode]["learner_exposed_share_of_measured_step"]
+        assert share == pytest.approx(sorted(raw["publish_s"])[1] / result["step_s"]["measured_step"])
+    assert len(result["raw_step_s"]) == weights.STEP_RUN - 2
+
+
+def test_what_generation_loses_is_the_time_that_its_tokens_do_not_account_for() -> None:
+    one = {"publish_s": [0.1], "update_s": [0.5], "load_s": [0.2], "drain_s": [0.3], "generation_lost_s": 0.4}
+    measured = {"modes": {"boundary": one}}
+
+    summary = weights.summarise("smollm2-135m", measured, [4.0, 5.0, 6.0])
+
+    figures = summary["modes"]["boundary"]
+    assert figures["generation_exposed_share_of_measured_step"] == pytest.approx(0.4 / 5.0)
+    assert figures["generation_exposed_share_of_quickstart_step"] == pytest.approx(0.4 / 9.7)
+    assert figures["learner_exposed_share_of_measured_step"] == pytest.approx(0.1 / 5.0)
+    assert "generation 8.00%" in weights.text("smollm2-135m", summary)
+
+
+def test_generation_is_measured_with_and_without_a_busy_learner_in_both_placements(tmp_path: Path) -> None:
+    file = tmp_path / "generation.json"
+
+    generation.main(["--model", "tiny", "--rounds", "2", "--seconds", "0.05", "--json", str(file), *FAKE[2:], *SMALL])
+
+    result = json.loads(file.read_text())
+    for placement in ("pinned", "unpinned"):
+        assert len(result["rounds"][placement]) == 2
+        assert result[f"{placement}_alone_tok_per_s"] > 0
+        assert result[f"{placement}_kept_beside_a_learner"]["median"] > 0
 
 
 def test_figures_come_with_the_machine_that_made_them() -> None:
