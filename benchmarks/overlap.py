@@ -1,6 +1,6 @@
 """What asynchrony gains: the same model, data, seeds and steps, trained in several modes that take turns.
 
-    asyncflow bench overlap [--workload balanced] [--rounds 3] [--steps 16] [--json FILE] [--set KEY=VALUE]
+    asyncflow bench overlap [--workload balanced] [--rounds 3] [--steps 8] [--json FILE] [--set KEY=VALUE]
 
 Every run is a whole one, with real engines, through `asyncflow.launch`: vLLM on one core, the torch learner on another.
 The modes differ in these settings and in nothing else:
@@ -87,27 +87,40 @@ COMMON: Mapping[str, Any] = {
     "seed": 1,
 }
 
+INSTRUCTION = (
+    "You are a careful assistant. Below is an arithmetic problem made of whole numbers that are added and subtracted. "
+    "Work from left to right, keep the sign of every intermediate result, and check the last step twice before you "
+    "answer. Do not explain anything and do not repeat the problem. Answer with one whole number in digits, without "
+    "spaces, commas, units or a full stop, and end your answer there. The problem is: {expression}. The answer is: "
+)
+"""A long prompt for a short answer: cheap to read once for a group, and trained with it."""
+
 WORKLOADS: Mapping[str, Workload] = {
     "balanced": Workload(
         title="both stages take about the same time",
         prefix="",
-        hidden=192,
+        hidden=128,
         layers=4,
         settings={"train_batch_size": 64, "max_new_tokens": 192, "rollout": {"max_concurrency": 64}},
     ),
     "gen-bound": Workload(
-        title="generation takes about three times as long as training",
+        title="generation takes about three times as long: a smaller model, few sequences at once",
         prefix="gen_bound_",
         hidden=64,
         layers=2,
-        settings={"train_batch_size": 64, "max_new_tokens": 192, "rollout": {"max_concurrency": 32}},
+        settings={"train_batch_size": 32, "max_new_tokens": 192, "rollout": {"max_concurrency": 16}},
     ),
     "train-bound": Workload(
-        title="training takes about three times as long as generation",
+        title="training takes about three times as long: long prompts, short answers",
         prefix="train_bound_",
-        hidden=256,
-        layers=6,
-        settings={"train_batch_size": 64, "max_new_tokens": 96, "rollout": {"max_concurrency": 64}},
+        hidden=128,
+        layers=4,
+        settings={
+            "data": {**COMMON["data"], "template": INSTRUCTION},
+            "train_batch_size": 64,
+            "max_new_tokens": 48,
+            "rollout": {"max_concurrency": 64},
+        },
     ),
 }
 
@@ -230,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workload", choices=WORKLOADS, action="append", help="may be repeated; default: all")
     parser.add_argument("--mode", choices=MODES, action="append", help="may be repeated; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="of `balanced`; the others get a third, at least one")
-    parser.add_argument("--steps", type=int, default=16, help="counted steps of a run")
+    parser.add_argument("--steps", type=int, default=8, help="counted steps of a run")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
