@@ -60,8 +60,8 @@ check: setup ## Lint, format check, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: setup ## Measure throughput
-	@$(BIN)/python -m benchmarks
+bench: setup ## Run all benchmarks (half an hour): JSON=results.json keeps the figures
+	@$(BIN)/asyncflow bench $(if $(JSON),--json $(JSON))
 
 lock: ## Resolve requirements/*.lock again from pyproject.toml (needs a package index)
 	@$(RUNS) || $(PYTHON) -m venv $(VENV)

@@ -184,6 +184,8 @@ class Config(Section):
     """The run stops when more than this share of the finished samples is quarantined."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations while the run goes on; 0 evaluates before and after only."""
+    save_samples: bool = True
+    """What every step trained and skipped is written to `samples/` in the run directory, in Parquet."""
 
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()

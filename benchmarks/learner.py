@@ -1,6 +1,6 @@
 """Speed of the torch learner on SmolLM2-135M: sharing a group's prompt against computing it once for every sample.
 
-    python -m benchmarks.learner [--cores 0] [--rounds 5] [--json FILE]
+    asyncflow bench learner [--cores 0] [--rounds 5] [--json FILE]
 
 Both do the same work exactly (a test shows it): 16 samples of two groups, chat prompts of 36 tokens, responses of 24.
 A round measures one after the other; the ratio of a round is what can be trusted on a machine that others share.
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ import torch
 
 from asyncflow.engines.models import resolve_model
 from asyncflow.engines.torch_learner import HuggingFacePolicy, TorchLearner
+from asyncflow.placement import pinned
 from asyncflow.types import TrainSample
+from benchmarks.machine import machine, write_json
 
 GROUPS, SAMPLES, PROMPT, RESPONSE = 2, 8, 36, 24
 
@@ -53,16 +55,25 @@ def seconds(learner: TorchLearner, batch: list[TrainSample]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print and return the result."""
+    parser = argparse.ArgumentParser(
+        prog="asyncflow bench learner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cores", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    arguments, _ = parser.parse_known_args()
-    os.sched_setaffinity(0, arguments.cores)
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(len(arguments.cores))
+    with pinned(tuple(arguments.cores)):
+        result = measure(arguments.cores, arguments.rounds)
+    print(json.dumps(result, indent=2))
+    write_json(result, arguments.json)
+    return result
 
+
+def measure(cores: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Both ways in turns, on these cores."""
     policies = {shared: HuggingFacePolicy(resolve_model("smollm2-135m")) for shared in (True, False)}
     learners = {
         shared: TorchLearner(policy, learning_rate=1e-5, share_prompts=shared) for shared, policy in policies.items()
@@ -71,23 +82,20 @@ def main() -> None:
     tokens = sum(sample.tokens for sample in batch)
     for learner in learners.values():
         seconds(learner, batch)  # what is allocated and chosen at first use
-    rounds = [
-        {shared: seconds(learner, batch) for shared, learner in learners.items()} for _ in range(arguments.rounds)
-    ]
-    ratios = [one[False] / one[True] for one in rounds]
-    result: dict[str, Any] = {
-        "cores": arguments.cores,
+    measured = [{shared: seconds(learner, batch) for shared, learner in learners.items()} for _ in range(rounds)]
+    ratios = [one[False] / one[True] for one in measured]
+    return {
+        "benchmark": "learner",
+        "machine": machine(),
+        "cores": list(cores),
         "sequence_tokens": tokens,
-        "shared_tok_per_s": tokens / statistics.median(one[True] for one in rounds),
-        "separate_tok_per_s": tokens / statistics.median(one[False] for one in rounds),
+        "shared_tok_per_s": tokens / statistics.median(one[True] for one in measured),
+        "separate_tok_per_s": tokens / statistics.median(one[False] for one in measured),
         "speedup_median": statistics.median(ratios),
         "speedup_min": min(ratios),
         "speedup_max": max(ratios),
-        "load_average": os.getloadavg()[0],
+        "rounds": [{"shared_s": one[True], "separate_s": one[False]} for one in measured],
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

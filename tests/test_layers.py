@@ -27,6 +27,7 @@ LAYERS = (
     ("runtime",),
     ("report",),
     ("launch",),
+    ("doctor",),
     ("api",),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""`asyncflow`: start a run and go on with one; watch and steer it; audit and report it; serve.
+"""`asyncflow`: start a run and go on with one; watch and steer it; audit, report and export it; doctor, bench, serve.
 
 Exit codes: 0 done; 1 the run failed, or the audit found a violation; 2 the user can fix it; 130 interrupted.
 """
@@ -156,6 +156,41 @@ def report(run_dir: RunDir) -> None:
     from asyncflow.report.page import write_report
 
     typer.echo(write_report(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    file: Annotated[Path, typer.Argument(help="File to write: .parquet or .jsonl.", show_default=False)],
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Columns to write; all of them when left out.")
+    ] = None,
+) -> None:
+    """Write the samples that a run trained and skipped to one file."""
+    from asyncflow.report.export import export as export_samples
+
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    rows = export_samples(run_dir, file, names)
+    typer.echo(f"{rows:,} samples in {file}")
+
+
+@app.command()
+def doctor(
+    vllm: Annotated[bool, typer.Option("--vllm", help="Start a real vLLM as well (half a minute).")] = False,
+) -> None:
+    """Look at this machine and make a small run, to see whether everything works."""
+    from asyncflow.cli.doctor import print_findings
+    from asyncflow.doctor import examine
+
+    raise typer.Exit(1 if print_findings(examine(vllm=vllm)) else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Measure: `bench overlap --json FILE`, `bench weights`, …; without a name all, one after the other."""
+    from asyncflow.cli.bench import benchmarks
+
+    benchmarks().main(context.args)
 
 
 @app.command()

@@ -30,10 +30,11 @@ from asyncflow.errors import AsyncFlowError, CheckpointError, ConfigError, Contr
 from asyncflow.pipeline import Pipeline, open_store, reopen_store
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan
-from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SUMMARY, WEIGHTS
+from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SAMPLES, SUMMARY, WEIGHTS
 from asyncflow.runtime.checkpoint import Checkpoint, Checkpointer, read, remove_unfinished
 from asyncflow.runtime.control import ControlServer
 from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
+from asyncflow.runtime.samples import SampleLog
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
 from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts
@@ -169,6 +170,7 @@ class _Run:
         self._metrics = Metrics(run_dir / METRICS)
         for listener in listeners:
             self._metrics.listen(listener)
+        self._samples: SampleLog | None = None
         self._supervisor = Supervisor()
         self._store: Store | None = None
         self._pipeline: Pipeline | None = None
@@ -179,6 +181,10 @@ class _Run:
     def work(self) -> None:
         """Everything up to the last evaluation. Leaves the taking down to `close`."""
         learner, self._store = self._begin() if self._going_on is None else self._go_on(self._going_on)
+        if self._plan.config.save_samples:
+            after = 0 if self._going_on is None else self._going_on.step
+            self._samples = SampleLog(self.run_dir / SAMPLES, self._metrics, after=after)
+            self._store.on_committed = self._samples.committed
         (self.run_dir / CONFIG).write_text(self._plan.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         self._control = ControlServer(self, self.run_dir)
         pipeline = self._pipeline = Pipeline(
@@ -367,6 +373,8 @@ class _Run:
             _attempt("close the control socket", self._control.close)
         if self._store is not None:
             _attempt("close the store", self._store.close)
+        if self._samples is not None:
+            _attempt("write the last samples", self._samples.close)
         _attempt("close the metrics", self._metrics.close)
         return Summary(
             outcome=outcome,

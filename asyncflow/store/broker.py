@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -17,15 +18,20 @@ import pyarrow as pa
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import Closed, IllegalTransition, LedgerError, StoreError
 from asyncflow.store.client import Counts, Lease, LeasedRow
-from asyncflow.store.events import Event, Leased, Opened
+from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.lifecycle import OPEN_STATES
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
 from asyncflow.store.segments import FileSegments, MemorySegments, sync_file
-from asyncflow.store.table import ADMISSION, Table
+from asyncflow.store.table import ADMISSION, Row, Table
 from asyncflow.types import PolicyVersion
 
 T = TypeVar("T")
+
+OnCommitted = Callable[[Committed, Callable[[], pa.RecordBatch]], None]
+"""Is told of every step when the ledger has it and before the data may go. What it is given makes one batch of them:
+the trained samples and then the skipped ones, as `sample_id`, `group_id` and every column of the schema that is
+written. Everybody waits meanwhile, and it must not raise: the step is committed already."""
 
 
 class Store:
@@ -33,6 +39,7 @@ class Store:
 
     def __init__(self, table: Table, journal: Journal, segments: MemorySegments, clock: Clock) -> None:
         """Use `create` or `reopen`."""
+        self.on_committed: OnCommitted | None = None
         self.table = table
         self._journal = journal
         self._segments = segments
@@ -243,6 +250,8 @@ class Store:
         topics: set[str] = set()
         alarm = self.table.next_deadline()
         for event in events:
+            if isinstance(event, Committed) and self.on_committed is not None:
+                self.on_committed(event, partial(self._samples, event.trained + event.skipped))
             released = self.table.released_by(event)
             topics |= self.table.apply(event)
             for frame in released:
@@ -259,21 +268,31 @@ class Store:
         """The rows of a lease with the columns that its stage needs."""
         stage = self._schema.stages[leased.stage]
         rows = [self.table.rows[sample_id] for sample_id in leased.rows]
-        arrays = []
-        for column in stage.needs:
-            bit = self._schema.bit(column)
-            places = [next((f, o) for mask, f, o in row.frames if mask & bit) for row in rows]
-            arrays.append(self._segments.gather(column, places))
         return Lease(
             lease_id=leased.lease_id,
             stage=leased.stage,
             rows=tuple(
                 LeasedRow(sample_id=r.sample_id, group_id=r.group_id, attempt=r.attempts[leased.stage]) for r in rows
             ),
-            data=pa.RecordBatch.from_arrays(arrays, names=list(stage.needs)),
+            data=pa.RecordBatch.from_arrays(self._gather(rows, stage.needs), names=list(stage.needs)),
             deadline=leased.deadline,
             slots=len({r.group_id for r in rows}) * self.table.group_size,
         )
+
+    def _samples(self, sample_ids: Sequence[int]) -> pa.RecordBatch:
+        """All that is known of some samples that have every column."""
+        rows = [self.table.rows[sample_id] for sample_id in sample_ids]
+        names = self._schema.written
+        ids = [pa.array([getattr(row, name) for row in rows], pa.int64()) for name in ("sample_id", "group_id")]
+        return pa.RecordBatch.from_arrays([*ids, *self._gather(rows, names)], names=["sample_id", "group_id", *names])
+
+    def _gather(self, rows: Sequence[Row], columns: Sequence[str]) -> list[pa.Array]:
+        arrays = []
+        for column in columns:
+            bit = self._schema.bit(column)
+            places = [next((f, o) for mask, f, o in row.frames if mask & bit) for row in rows]
+            arrays.append(self._segments.gather(column, places))
+        return arrays
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:

@@ -62,6 +62,8 @@ class Schema:
         self.writes = {stage.name: self.mask(stage.writes) for stage in stages}
         self.generate = self._only("generate")
         self.train = self._only("train")
+        self.written = (*PROMPT_COLUMNS, *(name for stage in stages for name in stage.writes))
+        """Every column that a sample has in the end, in data order."""
         self._check()
 
     def mask(self, columns: Iterable[str]) -> int:

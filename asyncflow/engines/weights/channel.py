@@ -48,7 +48,8 @@ FORMAT = 1
 SUFFIX = ".weights"
 _HEADER = struct.Struct("<8sII")
 _ALIGNMENT = 64
-_FOLDER_PREFIX = "asyncflow-weights-"
+FOLDER_PREFIX = "asyncflow-weights-"
+"""Of the folder in which a run publishes its weights."""
 _DTYPES: Mapping[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -165,7 +166,7 @@ class WeightPublisher:
         """
         assert keep >= 1, keep
         try:
-            self._owned = OwnedFolder(_FOLDER_PREFIX, root)
+            self._owned = OwnedFolder(FOLDER_PREFIX, root)
         except OSError as error:
             raise WeightsError(f"no folder for weights can be made ({error}): name a root that is writable") from error
         self.folder = self._owned.path

@@ -27,8 +27,7 @@ class OwnedFolder:
 
         `root`: None is shared memory, /dev/shm, or the temporary folder where there is none.
         """
-        if root is None:
-            root = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        root = root or _default_root()
         for leftover in root.glob(f"{prefix}*"):
             with contextlib.suppress(FileNotFoundError):
                 if leftover.stat().st_uid == os.getuid() and (lock := try_lock(leftover, os.O_RDONLY)) is not None:
@@ -51,6 +50,21 @@ class OwnedFolder:
     def remove(self) -> None:
         """Remove it with all that is in it. May be called twice."""
         self._remove()
+
+
+def leftovers(prefix: str, root: Path | None = None) -> list[Path]:
+    """Folders of this kind whose owner is dead: the next `OwnedFolder` removes them. `root` as there."""
+    found = []
+    for folder in sorted((root or _default_root()).glob(f"{prefix}*")):
+        with contextlib.suppress(OSError):  # somebody else's, or gone since it was listed
+            if (lock := try_lock(folder, os.O_RDONLY)) is not None:
+                os.close(lock)
+                found.append(folder)
+    return found
+
+
+def _default_root() -> Path:
+    return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def try_lock(path: Path, flags: int) -> int | None:
