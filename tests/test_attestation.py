@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,7 @@ def test_an_engine_that_keeps_old_weights_is_loaded_again_and_then_stops_the_run
     assert first["version"] in ("0.5", "0.6")  # the first version that was not taken, or the next
     assert second["severity"] == "error"
     assert run.summary.steps <= 5 + 2 * 2 + bound  # noticed within two steps, and again within two
+    assert escape(first["text"]) in run.report.read_text(encoding="utf-8")
     assert audit(run.run_dir).ok
 
 

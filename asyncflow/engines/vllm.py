@@ -10,9 +10,10 @@ what an importance weight divides by. To a learner that applies the temperature 
 is then the mass that was left. At temperature 0 they are those at temperature 1, since nothing is drawn then.
 
 Prefix cache. It stays on, since the samples of a group share their prompt. Every request is salted with the digest of
-the weights that are served when it is admitted, and the count of loads, so KV of other weights is never found again. A sequence that is running
-when the weights change keeps its KV; one that waits or is in prefill then is admitted again. So a sample whose tokens
-all have one version has been computed with the weights of that version alone, its prompt included.
+the weights that are served when it is admitted, and the count of loads, so KV of other weights is never found again. A
+sequence that is running when the weights change keeps its KV; one that waits or is in prefill then is admitted again.
+So a sample whose tokens all have one version has been computed with the weights of that version alone, its prompt
+included.
 """
 
 from __future__ import annotations

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 from asyncflow.engines.weights.attestation import Fault
 from asyncflow.types import Recorder
-
-logger = logging.getLogger(__name__)
 
 AlarmName = (
     Fault
@@ -31,5 +28,4 @@ class Alarms:
 
     def sound(self, alarm: AlarmName, text: str, *, severity: Severity = "warning", **details: Any) -> None:
         """Say one sentence. `details` (JSON) name what it is about: samples, versions, seconds."""
-        logger.log(logging.ERROR if severity == "error" else logging.WARNING, "%s: %s", alarm, text)
         self._recorder.log("alarm", {"alarm": alarm, "severity": severity, "text": text, **details})
