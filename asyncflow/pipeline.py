@@ -81,7 +81,8 @@ class Pipeline:
 
         # The rollout engine completes them.
         assert config.rollout.timeout is not None, "a plan derives it"
-        self.host = EngineHost(rollout, "rollout-0", rollout_timeout=config.rollout.timeout)
+        canary = tokens(plan.problems.train[0]) if config.attestation.samples else None
+        self.host = EngineHost(rollout, "rollout-0", rollout_timeout=config.rollout.timeout, canary=canary)
         fresh = FreshSamples(config.attestation.samples)
         self.rollout = RolloutWorker(
             schema.stages["rollout"],

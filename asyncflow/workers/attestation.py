@@ -4,9 +4,15 @@
                                                          ▲                  │ mismatch: an alarm, and close it
     WeightFollower ── loads the weights again, opens it ─┘ ◄────────────────┘ again a mismatch: stop
 
+    EngineHost ── after each load, the canary ──► FreshSamples
+
 Samples that are trained are often a version old, and come when the learner has other weights already. So some of those
 that are *fresh* (all of their tokens from one version) are looked at before the learner changes these weights; where
 there were none in time, those of the version before, under its weights, which the channel still has.
+
+The canary is for updates that change less than the noise of the dtype, where samples need many versions to tell. After
+each load the engine completes the same prompt, greedily and alone. When its log-probs are those of the version before
+to the last bit, while the learner's have changed, it has kept the old weights.
 """
 
 from __future__ import annotations
@@ -14,7 +20,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +35,19 @@ from asyncflow.workers.alarms import Alarms
 
 VERSIONS = 2
 """Versions of which samples are kept: the learner's, and the one before."""
+THOROUGH_VERSIONS = 3
+"""Versions that are always compared by contrast too; later only where it costs nothing or the canary said nothing."""
 PATIENT_VERSIONS = 5
 """Versions in a row without any attestation after which there is a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A few greedy tokens of always the same prompt, with nothing beside it: what an engine does that keeps its weights
+    is then the same to the last bit."""
+
+    version: PolicyVersion
+    sample: TrainSample
 
 
 class FreshSamples:
@@ -38,6 +57,7 @@ class FreshSamples:
         self._capacity = capacity
         self._lock = threading.Lock()
         self._samples: dict[PolicyVersion, deque[TrainSample]] = {}
+        self._canaries: deque[Canary] = deque(maxlen=VERSIONS)
         self._epoch = 0
         self._closed = False
 
@@ -52,23 +72,29 @@ class FreshSamples:
         oldest, newest = completion.token_versions.min(), completion.token_versions.max()
         if oldest != newest:
             return
-        shape = completion.token_ids.shape
-        sample = TrainSample(
-            sample_id=sample_id,
-            group_id=group_id,
-            prompt_ids=prompt_ids,
-            response_ids=completion.token_ids,
-            mask=np.ones(shape, dtype=np.bool_),
-            behaviour_logprobs=completion.logprobs,
-            advantages=np.zeros(shape, dtype=np.float32),
-        )
         version = PolicyVersion.unpack(newest)
+        sample = _as_sample(sample_id, group_id, prompt_ids, completion)
         with self._lock:
             if self._closed or epoch != self._epoch or not self._capacity:
                 return
             self._samples.setdefault(version, deque(maxlen=self._capacity)).append(sample)
             for old in sorted(self._samples)[:-VERSIONS]:
                 del self._samples[old]
+
+    def sang(self, version: PolicyVersion, prompt_ids: Int32s, completion: Completion) -> None:
+        """The engine has just loaded a version, and completed the canary prompt first of all."""
+        canary = Canary(version=version, sample=_as_sample(-1, -1, prompt_ids, completion))
+        with self._lock:
+            if self._closed:
+                return
+            if self._canaries and self._canaries[-1].version == version:
+                self._canaries.pop()
+            self._canaries.append(canary)
+
+    def canaries(self) -> tuple[Canary, Canary] | None:
+        """Those of the last version that was loaded and of the one before, or None when there are no two."""
+        with self._lock:
+            return (self._canaries[0], self._canaries[1]) if len(self._canaries) == VERSIONS else None
 
     def of(self, version: PolicyVersion) -> list[TrainSample]:
         """What is there of one version."""
@@ -93,6 +119,19 @@ class FreshSamples:
             self._closed = False
             self._epoch += 1
             self._samples.clear()
+
+
+def _as_sample(sample_id: int, group_id: int, prompt_ids: Int32s, completion: Completion) -> TrainSample:
+    shape = completion.token_ids.shape
+    return TrainSample(
+        sample_id=sample_id,
+        group_id=group_id,
+        prompt_ids=prompt_ids,
+        response_ids=completion.token_ids,
+        mask=np.ones(shape, dtype=np.bool_),
+        behaviour_logprobs=completion.logprobs,
+        advantages=np.zeros(shape, dtype=np.float32),
+    )
 
 
 class Attestation:
@@ -121,11 +160,14 @@ class Attestation:
         self._snapshots: deque[WeightSnapshot] = deque(maxlen=3)
         self._attested: PolicyVersion | None = None
         """The last version that was compared."""
-        self._resynced: PolicyVersion | None = None
-        """The version at which the engine had to load its weights again, until one is right after that."""
-        self._fault: Fault | None = None
-        """Of the last version that was compared."""
-        self._warned = False
+        self._faults: dict[str, tuple[Fault, PolicyVersion]] = {}
+        """What was wrong by each of the two tests, and at which version, until it is right again."""
+        self._heard: Canary | None = None
+        """The last canary that was compared."""
+        self._compared = 0
+        """Versions whose samples were compared."""
+        self._unattested = 0
+        """Publications since the last comparison."""
 
     def published(self, snapshot: WeightSnapshot) -> None:
         """The learner has new weights."""
@@ -136,20 +178,24 @@ class Attestation:
         if len(self._snapshots) == 3 and self._attested is not None and self._attested.n >= before:
             # The version before is attested, so nobody will ask for the one that came before that.
             self._snapshots.popleft()
-        self._notice_gaps(snapshot.version)
+        self._unattested += 1
+        if self._unattested == PATIENT_VERSIONS + 1:
+            self._say_that_nothing_is_attested(snapshot.version)
 
     def while_idle(self) -> None:
         """The learner has nothing to do: attest its version, if there are samples enough and it was not done yet."""
         if self._snapshots:
+            self._hear()
             version = self._snapshots[-1].version
             if self._is_new(version) and len(samples := self._fresh.of(version)) >= self._enough:
-                self._attest(self._snapshots[-1], samples)
+                self._attest(self._snapshots[-1], samples, thorough=True)
 
     def before_update(self) -> None:
         """The learner is about to change its weights: the last moment at which its version costs one pass only.
 
         Raises WeightsError when the engine does not serve what it says and a re-sync has not helped (or is not wanted).
         """
+        self._hear()
         open_ = [
             (snapshot, samples)
             for snapshot in list(self._snapshots)[-VERSIONS:]
@@ -159,20 +205,28 @@ class Attestation:
         for snapshot, samples in reversed(open_):
             last_chance = not self._looks_back or snapshot is not self._snapshots[-1]
             if len(samples) >= self._enough or last_chance:
-                self._attest(snapshot, samples)
+                heard = self._heard is not None and self._heard.version == snapshot.version
+                self._attest(snapshot, samples, thorough=self._compared < THOROUGH_VERSIONS or not heard)
                 return
 
     def _is_new(self, version: PolicyVersion) -> bool:
         return self._attested is None or version > self._attested
 
-    def _attest(self, snapshot: WeightSnapshot, samples: Sequence[TrainSample]) -> None:
+    def _attest(self, snapshot: WeightSnapshot, samples: Sequence[TrainSample], *, thorough: bool) -> None:
+        """`thorough`: by contrast too, which computes the samples once or twice more. To name a fault, always."""
         began = time.monotonic()
-        evidence = self._evidence(snapshot, samples)
-        if evidence is None:
+        current = self._logprobs(samples, snapshot)
+        if current is None:
             return
+        evidence = Evidence(behaviour=[sample.behaviour_logprobs for sample in samples], current=current)
+        if thorough:
+            evidence = replace(evidence, alternatives=self._alternatives(snapshot, samples))
         verdict = self._attestor.judge(evidence)
+        if verdict.fault is not None and not thorough:
+            verdict = self._attestor.judge(replace(evidence, alternatives=self._alternatives(snapshot, samples)))
+        self._compared += 1
         self._attested = snapshot.version
-        self._warned = False
+        self._unattested = 0
         self._recorder.log(
             "attest",
             {
@@ -188,43 +242,71 @@ class Attestation:
                 "attest/seconds": time.monotonic() - began,
             },
         )
-        before, self._fault = self._fault, verdict.fault
-        if verdict.fault is None:
-            self._resynced = None
+        details = {"mean": verdict.mean, "threshold": verdict.threshold}
+        self._judge("samples", verdict.fault, verdict.text, snapshot.version, details)
+
+    def _hear(self) -> None:
+        """Compare the last two canaries, once, while the learner still has the weights of both."""
+        pair = self._fresh.canaries()
+        if pair is None or pair[1] is self._heard:
             return
-        if self._on_mismatch == "warn" and verdict.fault == before:
+        before, now = pair
+        weights = {snapshot.version: snapshot for snapshot in self._snapshots}
+        if before.version not in weights or now.version not in weights or not self._looks_back:
+            return
+        self._heard = now
+        same = np.array_equal(before.sample.response_ids, now.sample.response_ids) and np.array_equal(
+            before.sample.behaviour_logprobs, now.sample.behaviour_logprobs
+        )
+        if same and weights[before.version].digest != weights[now.version].digest and self._changed(now, weights):
+            text = (
+                "its tokens come from older weights than it says: it completes a prompt with the same log-probs to the "
+                f"last bit as at version {before.version}, and the learner does not"
+            )
+            self._judge("canary", "stale_weights", text, now.version, {})
+        elif not same:
+            self._judge("canary", None, "", now.version, {})
+
+    def _changed(self, now: Canary, weights: Mapping[PolicyVersion, WeightSnapshot]) -> bool:
+        """Whether the learner gives most of the tokens other log-probs than under the weights before."""
+        older = max(version for version in weights if version < now.version)
+        new = self._logprobs([now.sample], weights[now.version])
+        old = self._engine.logprobs_under([now.sample], weights=weights[older])
+        return new is not None and old is not None and bool(np.mean(new[0] != old[0]) > 0.5)
+
+    def _judge(
+        self, test: str, fault: Fault | None, text: str, version: PolicyVersion, details: Mapping[str, Any]
+    ) -> None:
+        """Do what is configured about a fault. Raises WeightsError when the run has to stop."""
+        before = self._faults.pop(test, None)
+        if fault is None:
+            return
+        before = before or next(iter(self._faults.values()), None)
+        self._faults[test] = (fault, version)
+        if self._on_mismatch == "warn" and before is not None and before[0] == fault:
             return  # said already
-        again = self._on_mismatch == "resync" and self._resynced is not None
+        again = self._on_mismatch == "resync" and before is not None
         stops = self._on_mismatch == "stop" or again
-        what = f"the engine does not serve version {snapshot.version}: {verdict.text}"
+        what = f"the engine does not serve version {version}: {text}"
         done = {
             "stop": "the run stops",
             "warn": "the run goes on, because attestation.on_mismatch is warn",
             "resync": "it loads the weights again",
         }[self._on_mismatch]
-        if again:
-            done = (
-                f"it was so at version {self._resynced} and loaded the weights again, which did not help: the run stops"
-            )
+        if again and before is not None:
+            done = f"it was so at version {before[1]} and loaded the weights again, which did not help: the run stops"
         self._alarms.sound(
-            verdict.fault,
-            f"{what}; {done}",
-            severity="error" if stops else "warning",
-            version=str(snapshot.version),
-            mean=verdict.mean,
-            threshold=verdict.threshold,
+            fault, f"{what}; {done}", severity="error" if stops else "warning", version=str(version), **details
         )
         if stops:
             raise WeightsError(f"{what}; {done}")
         if self._on_mismatch == "resync":
-            self._resynced = snapshot.version
             self._fresh.close()
 
-    def _evidence(self, snapshot: WeightSnapshot, samples: Sequence[TrainSample]) -> Evidence | None:
-        """What the learner says to these samples; None when it cannot compute under another version's weights."""
-        current = self._logprobs(samples, snapshot)
-        if current is None:
-            return None
+    def _alternatives(
+        self, snapshot: WeightSnapshot, samples: Sequence[TrainSample]
+    ) -> dict[Alternative, list[Floats]]:
+        """What the learner would say to these samples if the engine had a fault."""
         alternatives: dict[Alternative, list[Floats]] = {}
         before = [s for s in self._snapshots if s.version < snapshot.version]
         if before and before[-1].digest != snapshot.digest:
@@ -236,26 +318,21 @@ class Attestation:
             plain = self._engine.logprobs_under(samples, weights=None if own else snapshot, temperature=1.0)
             if plain is not None:
                 alternatives["missing_temperature"] = plain
-        return Evidence(
-            behaviour=[sample.behaviour_logprobs for sample in samples], current=current, alternatives=alternatives
-        )
+        return alternatives
 
     def _logprobs(self, samples: Sequence[TrainSample], snapshot: WeightSnapshot) -> list[Floats] | None:
+        """Under this version; None when the engine cannot compute under other weights than its own."""
         own = snapshot is self._snapshots[-1]
         if own and not self._as_published:
             return self._engine.logprobs(samples)
         found = self._engine.logprobs_under(samples, weights=snapshot)
         return self._engine.logprobs(samples) if found is None and own else found
 
-    def _notice_gaps(self, version: PolicyVersion) -> None:
-        """Warn once when nothing has been attested for some versions."""
-        last = -1 if self._attested is None else self._attested.n
-        if not self._warned and version.n - last > PATIENT_VERSIONS:
-            self._warned = True
-            since = "yet" if self._attested is None else f"since version {self._attested}"
-            self._alarms.sound(
-                "unattested",
-                f"nothing has been attested {since}: no completion had all of its tokens from one version while the "
-                "learner still had the weights",
-                version=str(version),
-            )
+    def _say_that_nothing_is_attested(self, version: PolicyVersion) -> None:
+        since = "yet" if self._attested is None else f"since version {self._attested}"
+        self._alarms.sound(
+            "unattested",
+            f"nothing has been attested {since}: no completion had all of its tokens from one version while the "
+            "learner still had the weights",
+            version=str(version),
+        )

@@ -40,6 +40,8 @@ STOP_TIMEOUT = 900.0
 """Seconds that an engine may take to stop; above its own deadlines, so that it can use them."""
 GENERATE_TIMEOUT = 3600.0
 """Seconds after which a completion fails, whoever asked for it. The watchdog gives back samples much sooner."""
+CANARY_TOKENS = 4
+"""Of the completion that shows after each load whether anything has changed."""
 REMEMBERED = 256
 """Completions whose duration is remembered."""
 
@@ -48,13 +50,24 @@ class EngineHost:
     """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order."""
 
     def __init__(
-        self, engine: RolloutEngine, name: str, *, rollout_timeout: float = GENERATE_TIMEOUT, clock: Clock | None = None
+        self,
+        engine: RolloutEngine,
+        name: str,
+        *,
+        rollout_timeout: float = GENERATE_TIMEOUT,
+        canary: Int32s | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        """`rollout_timeout`: seconds after which somebody cancels a sample's completion, for which a boundary waits."""
+        """`rollout_timeout`: seconds after which somebody cancels a sample's completion, for which a boundary waits.
+        `canary`: a prompt that is completed after each load, before anything else at a boundary."""
         self.engine = engine
         self.name = name
         self.finished = 0
         """Completions so far, those of evaluations included."""
+        self.canary: tuple[Int32s, Completion] | None = None
+        """The canary prompt and how it was completed after the last load."""
+        self._canary = canary
+        self._loads = 0
         self._rollout_timeout = rollout_timeout
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
@@ -148,16 +161,31 @@ class EngineHost:
 
     async def _load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         if mode == "in_flight":
-            return await self.engine.load_weights(snapshot, mode)
+            served = await self.engine.load_weights(snapshot, mode)
+            await self._sing()
+            return served
         try:
             async with self._gate:
                 self._swapping = True
                 await self._gate.wait_for(lambda: self._running == 0)
-            return await self.engine.load_weights(snapshot, mode)
+            served = await self.engine.load_weights(snapshot, mode)
+            await self._sing()
+            return served
         finally:
             async with self._gate:
                 self._swapping = False
                 self._gate.notify_all()
+
+    async def _sing(self) -> None:
+        """Complete the canary prompt."""
+        if self._canary is not None:
+            self._loads += 1
+            request = GenerationRequest(
+                request_id=f"canary-{self._loads}",
+                prompt_ids=self._canary,
+                sampling=Sampling(max_new_tokens=CANARY_TOKENS, temperature=0.0),
+            )
+            self.canary = self._canary, await self.engine.generate(request)
 
     async def _shutdown(self) -> None:
         self._cancel_generating()
@@ -407,6 +435,8 @@ class WeightFollower(Worker):
         self._served = served.version
         if again:
             self._fresh.reopen()
+        if self._host.canary is not None:
+            self._fresh.sang(served.version, *self._host.canary)
         self._store.serve(self._host.name, served.version)
         self._recorder.log(
             "served",
