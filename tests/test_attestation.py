@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 from asyncflow.engines.fake import FakeRollout
 from asyncflow.engines.models import resolve_model
 from asyncflow.engines.weights.attestation import LIMIT, MOST, SLACK, Attestor, Dtype, Evidence, Verdict
-from asyncflow.launch import Run
+from asyncflow.launch import Run, resolve
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.types import Completion, Floats, PolicyVersion
-from asyncflow.workers.attestation import FreshSamples
-from tests.conftest import RunTiny
+from asyncflow.workers.alarms import Alarms
+from asyncflow.workers.attestation import Attestation, FreshSamples
+from tests.conftest import TINY, RunTiny
 
 SAMPLES, TOKENS = 8, 24
 BF16: tuple[Dtype, Dtype] = ("bf16", "bf16")
@@ -187,6 +190,61 @@ def test_what_was_begun_before_the_weights_were_loaded_again_is_not_looked_at() 
     offer(fresh, 3, 1, epoch=fresh.epoch)
 
     assert ids(fresh, 1) == [3]
+
+
+# -- the canary --------------------------------------------------------------------------------------------------------
+
+
+class TwoVersions:
+    """A learner of which only the log-probs under each of its versions matter, with a snapshot of each."""
+
+    def __init__(self, *, changes: bool) -> None:
+        self.snapshots = [SimpleNamespace(version=PolicyVersion(n=n), digest=str(n)) for n in range(2)]
+        self.values = [np.full(4, -1.0, np.float32), np.full(4, -1.1 if changes else -1.0, np.float32)]
+
+    def logprobs(self, samples: Any) -> list[Floats]:
+        return [self.values[1] for _ in samples]
+
+    def logprobs_under(self, samples: Any, *, weights: Any = None, temperature: float | None = None) -> list[Floats]:
+        return [self.values[weights.version.n] for _ in samples]
+
+
+def heard(sung: tuple[float, float], *, changes: bool = True) -> tuple[list[str], FreshSamples]:
+    """Alarms after two versions whose canaries had these log-probs."""
+    learner, fresh, lines = TwoVersions(changes=changes), FreshSamples(8), []
+    recorder = SimpleNamespace(log=lambda kind, values: lines.append(values["alarm"]))
+    attestation = Attestation(
+        learner,  # type: ignore[arg-type]
+        fresh,
+        config=resolve(TINY),
+        recorder=recorder,
+        alarms=Alarms(recorder),
+    )
+    for snapshot, logprob in zip(learner.snapshots, sung, strict=True):
+        attestation.published(snapshot)  # type: ignore[arg-type]
+        canary = replace(completion(*[snapshot.version.n] * 4), logprobs=np.full(4, logprob, np.float32))
+        fresh.sang(snapshot.version, np.ones(3, np.int32), canary)
+    attestation.before_update()
+    attestation.before_update()
+    return lines, fresh
+
+
+def test_a_canary_that_is_the_same_to_the_last_bit_shows_that_the_weights_were_kept() -> None:
+    lines, fresh = heard((-2.0, -2.0))
+
+    assert lines == ["stale_weights"]  # and not again for the same load
+    assert fresh.closed  # until they are loaded again
+
+
+def test_a_canary_that_has_changed_in_its_last_bit_is_no_fault() -> None:
+    lines, fresh = heard((-2.0, float(np.nextafter(np.float32(-2.0), np.float32(0.0)))))
+
+    assert lines == []
+    assert not fresh.closed
+
+
+def test_a_canary_that_the_learner_does_not_change_either_says_nothing() -> None:
+    assert heard((-2.0, -2.0), changes=False)[0] == []
 
 
 # -- planted faults ----------------------------------------------------------------------------------------------------
