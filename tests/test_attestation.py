@@ -123,7 +123,8 @@ def test_a_first_version_that_is_already_wrong_does_not_become_the_measure() -> 
     first = attestor.judge(Simulated(noise=1.0, drift=0.0).version())
 
     assert first.fault == "logprob_mismatch"
-    assert attestor.threshold == 0.25
+    quiet = attestor.judge(Simulated(noise=1e-3, drift=0.0).version())
+    assert attestor.threshold == pytest.approx(4 * quiet.mean)
 
 
 def test_log_probs_that_are_not_numbers_are_a_mismatch() -> None:
@@ -134,6 +135,14 @@ def test_log_probs_that_are_not_numbers_are_a_mismatch() -> None:
 
 def test_a_single_version_never_convicts_by_contrast_alone() -> None:
     assert MOST - SLACK < LIMIT
+    near = Simulated(noise=0.05, drift=0.5).version(lag=1)  # its distance is below the ceiling, and it is clearly stale
+    near = replace(near, behaviour=[b * 0.2 + c * 0.8 for b, c in zip(near.behaviour, near.current, strict=True)])
+    far = replace(near, alternatives={"stale_weights": near.behaviour})
+
+    verdict = Attestor(dtypes=BF16).judge(far)
+
+    assert verdict.fault is None
+    assert -MOST <= verdict.contrast["stale_weights"] < -5
 
 
 def test_one_sample_counts_for_one_standard_error_however_long_it_is() -> None:
