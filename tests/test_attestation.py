@@ -117,6 +117,17 @@ def test_the_threshold_is_a_multiple_of_the_first_version_and_never_above_the_ce
     assert loud.threshold == 0.25
 
 
+def test_the_threshold_follows_noise_that_grows_slowly_and_not_a_jump() -> None:
+    attestor = Attestor(dtypes=BF16)
+    for n in range(100):
+        assert attestor.judge(Simulated(noise=1e-3 * 1.03**n, drift=0.0, seed=n).version()).fault is None
+    followed = attestor.threshold
+    assert 10 < followed / 4e-3 < 30  # the noise is 19 times what it was at first
+
+    assert attestor.judge(Simulated(noise=0.1, drift=0.0).version()).fault == "logprob_mismatch"
+    assert attestor.threshold == followed
+
+
 def test_a_first_version_that_is_already_wrong_does_not_become_the_measure() -> None:
     attestor = Attestor(dtypes=BF16)
 

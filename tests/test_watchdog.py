@@ -87,6 +87,7 @@ def counts(**changes: Any) -> Counts:
         "states": {"generating": 1},
         "leased": {},
         "capacity": 0,
+        "max_staleness": 1,
         "learner": PolicyVersion(n=4),
         "served": {"rollout-0": PolicyVersion(n=3)},
         "oldest": None,
@@ -137,7 +138,7 @@ class Hanging:
         self.recorded = Recorded()
         self.hung = threading.Event()
         schema = Schema(stages())
-        self.store = Store(
+        self.store = Store.create(
             schema,
             terms(train_batch_size=GROUP, num_generations=GROUP),
             ledger=folder / "ledger.sqlite",
@@ -333,7 +334,7 @@ def test_a_poison_row_is_found_by_scoring_alone_and_its_neighbours_survive(
     tmp_path: Path, poison: Callable[..., Poison]
 ) -> None:
     schema, recorded, function = Schema(stages()), Recorded(), poison("Ünï 2")
-    store = Store(schema, terms(train_batch_size=4, num_generations=4), ledger=tmp_path / "ledger.sqlite")
+    store = Store.create(schema, terms(train_batch_size=4, num_generations=4), ledger=tmp_path / "ledger.sqlite")
     store.serve("rollout-0", PolicyVersion(n=0))
     store.admit(prompts(1), timeout=0.0)
     lease = store.lease("rollout", worker="rollout", max_rows=4, ttl=NEVER, timeout=0.0)

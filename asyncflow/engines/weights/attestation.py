@@ -6,7 +6,8 @@ learner's log π_v of the same tokens. Two tests look at them (limits and measur
 
 *Distance.* mean |log μ − log π_v| over the tokens must stay below a threshold. By how much two correct implementations
 differ depends on the dtype and on the model (bf16: 1e-3 for two layers, 6e-2 for thirty), so the threshold is a
-multiple of what was seen on the first version, which is believed only below a ceiling that the dtype sets.
+multiple of what was seen on the first version, which is believed only below a ceiling that the dtype sets. Training
+changes the noise (larger logits have larger rounding errors), so what was seen follows it, a few percent a version.
 
 *Contrast.* Is log μ nearer to log π_v, or to a named alternative a: the weights before (`stale_weights`), or the same
 weights without the temperature (`missing_temperature`)? With d = log π_v − a and m = (log π_v + a) / 2, token by token,
@@ -53,7 +54,11 @@ FLOOR = 1e-5
 MARGIN = 4.0
 """Threshold over what was seen on the first version."""
 CALIBRATION_TOKENS = 32
-"""Tokens on which the first version's noise is measured; until they are there, the ceiling is the threshold."""
+"""Tokens on which the first version's noise is measured; until they are there, the ceiling is the threshold. A later
+version with fewer does not change it."""
+FOLLOWED = 1.05
+"""Factor by which one version without fault changes what counts as noise, at most: an engine that goes wrong by a
+little more with each version outruns it."""
 SLACK = 0.5
 """Standard errors a version by which evidence for an alternative decays."""
 LIMIT = 10.0
@@ -147,6 +152,9 @@ class Attestor:
             if sum(map(len, self._seen)) >= CALIBRATION_TOKENS:
                 self._baseline = float(np.concatenate(self._seen).mean())
                 self._seen.clear()
+        elif len(difference) >= CALIBRATION_TOKENS:
+            mean = float(difference.mean())
+            self._baseline = min(max(mean, self._baseline / FOLLOWED), self._baseline * FOLLOWED)
 
     def _explanation(self, evidence: Evidence, contrast: Mapping[Alternative, float]) -> Fault:
         """Name the alternative to which log μ is clearly nearer; a mismatch that none explains has no such name.
