@@ -266,6 +266,16 @@ def test_a_stall_names_the_samples_that_hold_up_the_step_and_stops_the_run_after
         hanging.after(2000.0)
 
 
+def test_a_run_that_was_paused_has_not_stalled(hanging: Hanging) -> None:
+    hanging.watchdog.stop()  # it does not wait between two turns
+    hanging.watchdog.turn()
+
+    hanging.clock.advance(1e6)
+    hanging.watchdog.turn()
+
+    assert hanging.recorded.alarms() == []
+
+
 def test_in_a_run_a_completion_that_hangs_is_tried_again_and_the_run_goes_on(run_tiny: RunTiny) -> None:
     async def sleep(seconds: float) -> None:
         await (asyncio.Event().wait() if seconds else asyncio.sleep(0))

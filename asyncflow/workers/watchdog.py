@@ -29,6 +29,8 @@ SLOW_SECONDS = 60.0
 """… and longer than this."""
 COMPARED = 8
 """Completions that must have ended before one can be slow."""
+AWAY = 60.0
+"""Seconds between two turns after which the run was paused, or the machine asleep: that is no stall."""
 STALLS = 4.0
 """Times `stall_timeout` without progress after which the run stops."""
 
@@ -92,6 +94,7 @@ class Watchdog(Worker):
     """Consumes looks at the run, produces alarms. Waits for nobody."""
 
     name = "watchdog"
+    pauses = True
 
     def __init__(
         self,
@@ -115,13 +118,18 @@ class Watchdog(Worker):
         self._stall_timeout = stall_timeout
         self._stop_after = max(STALLS * stall_timeout, 2 * rollout_timeout)
         self._clock = clock or SystemClock()
-        self._progress = Progress(self._clock.monotonic())
+        self._turned = self._clock.monotonic()
+        self._progress = Progress(self._turned)
         self._named: set[str] = set()
         """Requests that have been called slow."""
         self._stalled = False
         self._wake = threading.Event()
 
     def turn(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._turned > AWAY:
+            self._progress = Progress(now)
+        self._turned = now
         self.look()
         self._wake.wait(PATIENCE)
 
