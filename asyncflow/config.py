@@ -86,6 +86,9 @@ class RolloutConfig(Section):
     """Tokens of the longest sequence, prompt and response; None takes the model's, at most 4096."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """In which weights are served."""
+    timeout: float | None = Field(default=None, gt=0, le=3000)
+    """Seconds in the engine after which a completion is cancelled and tried again, at most three times; None derives
+    half a second a token, at least 600 and at most 3000."""
     cores: tuple[int, ...] | None = None
     """CPU cores of the engine; None derives them (on a machine without GPU: the upper half)."""
     options: dict[str, Any] = {}
@@ -129,6 +132,16 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints, beside the one at the end; 0 keeps none, None is 20 if the learner engine can."""
     keep: int = Field(default=1, ge=1)
     """Checkpoints that stay. Each has 12 bytes a parameter on disk."""
+
+
+class AttestationConfig(Section):
+    """Does the engine serve the weights that it says? Its log-probs are compared with the learner's, see
+    docs/attestation.md."""
+
+    samples: int = Field(default=8, ge=0)
+    """Completions of each policy version that are compared; 0 is no attestation."""
+    on_mismatch: Literal["resync", "stop", "warn"] = "resync"
+    """Load the weights again and stop when the next version is wrong as well; stop at once; or only say so."""
 
 
 class Config(Section):
@@ -182,6 +195,11 @@ class Config(Section):
     """What happens to samples that would come too late: the learner waits for them, in admission order."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """The run stops when more than this share of the finished samples is quarantined."""
+    reward_timeout: float = Field(default=120.0, gt=0)
+    """Seconds that one call of a reward function may take. After that its completions are tried again one by one."""
+    stall_timeout: float = Field(default=900.0, gt=0)
+    """Seconds without any progress after which an alarm says who waits for whom; after four times as long (and at
+    least twice `rollout.timeout`) the run stops."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations while the run goes on; 0 evaluates before and after only."""
     save_samples: bool = True
@@ -191,6 +209,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    attestation: AttestationConfig = AttestationConfig()
 
     @field_validator("reward", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ AsyncFlowError
 │   ├── CheckpointError     a checkpoint that is missing, damaged, or does not fit the run
 │   ├── ControlError        a run that cannot be reached, or a wish that it cannot fulfil
 │   └── RewardError         a reward function that raises or returns something else than one number a completion
+│       └── RewardTimeout   … that did not return in time
 ├── StoreError
 │   ├── Closed              the store is closed and holds nothing more for this caller
 │   ├── LeaseLost           the lease expired or was taken back: its rows belong to somebody else now
@@ -55,6 +56,10 @@ class ControlError(UserError):
 
 class RewardError(UserError):
     """A reward function that raises, or returns something else than one number a completion."""
+
+
+class RewardTimeout(RewardError):
+    """A call of a reward function that did not return in time."""
 
 
 class StoreError(AsyncFlowError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from asyncflow.rundir import CONFIG, REPORT
 from asyncflow.runtime.checkpoint import checkpoints
 from asyncflow.runtime.local import GoingOn, Summary, Watch, held, run_local
 from asyncflow.runtime.metrics import Listener
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def run(
         print(run.summary.outcome, run.report)
     """
     ready = plan(resolve(config, overrides), rollout=rollout, learner=learner, reward=reward)
-    return _raise_if_failed(launch(ready))
+    return _raise_if_failed(launch(ready, listeners=(_log_alarm,)))
 
 
 def _raise_if_failed(result: Run) -> Run:
@@ -106,7 +109,7 @@ def resume(
     Raises as `run` does, and CheckpointError; a refusal leaves the run as it was.
     """
     ready, at = prepare_resume(run_dir, overrides=overrides, step=step, rollout=rollout, learner=learner, reward=reward)
-    return _raise_if_failed(launch(ready, going_on=at))
+    return _raise_if_failed(launch(ready, going_on=at, listeners=(_log_alarm,)))
 
 
 def prepare_resume(
@@ -177,6 +180,11 @@ def _choose_checkpoint(run_dir: Path, step: int | None) -> GoingOn:
         steps = ", ".join(map(str, sorted(there))) or "none"
         raise CheckpointError(f"{run_dir} has no checkpoint of step {step}: the steps that it has one of are {steps}")
     return GoingOn(step=step, checkpoint=there.get(step))
+
+
+def _log_alarm(line: Mapping[str, Any]) -> None:
+    if line["kind"] == "alarm":
+        logger.warning("%s: %s", line["alarm"], line["text"])
 
 
 def resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:

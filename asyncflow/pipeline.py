@@ -17,6 +17,7 @@ Nobody calls the next one. What each one consumes, produces, waits for, and who 
     ActorUpdate     whole scored groups  policy versions          the groups of its step        a reward arrives
     WeightFollower  policy versions      what the engine serves   a publication                 a step ends
     Evaluator       served versions      accuracy                 a version to evaluate         an update
+    Watchdog        what is under way    alarms                   something that takes too long nobody
 
 The graph is not written down anywhere: a stage gets a sample as soon as the columns that it needs are there. Another
 scoring stage is one entry in `stages`, its columns in `store.schema`, and one worker in `Pipeline`.
@@ -37,11 +38,14 @@ from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
 from asyncflow.workers.actor_update import ActorUpdate
+from asyncflow.workers.alarms import Alarms
+from asyncflow.workers.attestation import Attestation, FreshSamples
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
 from asyncflow.workers.feeder import Feeder
 from asyncflow.workers.reward import RewardWorker
 from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
+from asyncflow.workers.watchdog import Watchdog
 
 
 class Pipeline:
@@ -76,7 +80,10 @@ class Pipeline:
         self.feeder = Feeder(self.prompts, tokens, self.store)
 
         # The rollout engine completes them.
-        self.host = EngineHost(rollout, "rollout-0")
+        assert config.rollout.timeout is not None, "a plan derives it"
+        canary = tokens(plan.problems.train[0]) if config.attestation.samples else None
+        self.host = EngineHost(rollout, "rollout-0", rollout_timeout=config.rollout.timeout, canary=canary)
+        fresh = FreshSamples(config.attestation.samples)
         self.rollout = RolloutWorker(
             schema.stages["rollout"],
             self.store,
@@ -85,10 +92,14 @@ class Pipeline:
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
             max_concurrency=config.rollout.max_concurrency,
             seed=config.seed if config.deterministic else None,
+            fresh=fresh,
         )
 
         # The reward functions score them.
-        self.reward = RewardWorker(schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward)
+        alarms = Alarms(recorder)
+        self.reward = RewardWorker(
+            schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward, alarms=alarms
+        )
 
         # The learner trains them and publishes new weights.
         self.channel = WeightChannel(keep=config.weights.keep)
@@ -100,6 +111,7 @@ class Pipeline:
             engine=self.engine,
             channel=self.channel,
             recorder=recorder,
+            attestation=Attestation(learner, fresh, config=config, recorder=recorder, alarms=alarms),
             config=config,
             generated_tokens=lambda: self.rollout.generated_tokens,
             after_step=after_step,
@@ -119,12 +131,30 @@ class Pipeline:
             since=store.table.learner.n,
         )
         self.weights = WeightFollower(
-            self.host, self.channel, self.store, recorder, mode=config.weights.update, on_served=self.evaluator.served
+            self.host,
+            self.channel,
+            self.store,
+            recorder,
+            mode=config.weights.update,
+            on_served=self.evaluator.served,
+            fresh=fresh,
+        )
+
+        # Somebody looks on: what takes too long is named, given back, and in the end stops the run.
+        self.watchdog = Watchdog(
+            self.store,
+            self.host,
+            self.rollout,
+            self.learner,
+            alarms,
+            rollout_timeout=config.rollout.timeout,
+            stall_timeout=config.stall_timeout,
         )
 
     def interrupt(self) -> None:
         """End what workers wait for, once they have been told to stop."""
         self.heartbeat.stop()
+        self.watchdog.stop()
         self.host.cancel()
 
     @property
@@ -138,6 +168,7 @@ class Pipeline:
             self.learner,
             self.weights,
             self.evaluator,
+            self.watchdog,
         )
 
 

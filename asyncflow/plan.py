@@ -70,13 +70,14 @@ def plan(
     if learner is not None:
         config = _with(config, "learner", engine=_import_path(learner_type))
     problems = load_problems(config.data, config.seed)
-    scorer = load_reward(config.reward if reward is None else reward)
+    scorer = load_reward(config.reward if reward is None else reward, timeout=config.reward_timeout)
     if reward is not None:
         config = config.model_copy(update={"reward": tuple(RewardConfig(use=name) for name in scorer.names)})
     scorer.probe(problems.train[0])
     model = resolve_model(config.model)
     info = describe_model(model)
     config = _with_max_model_len(config, info)
+    config = _with_rollout_timeout(config)
     assert config.rollout.max_model_len is not None
     tokenizer = load_tokenizer(model)
     for prompts in (problems.train, problems.eval):
@@ -131,6 +132,13 @@ def _with_checkpoints(config: Config, learner: type[LearnerEngine]) -> Config:
     if every is None:
         every = DEFAULT_CHECKPOINT_EVERY if learner.resumable else 0
     return _with(config, "checkpoint", every=every)
+
+
+def _with_rollout_timeout(config: Config) -> Config:
+    """Generous, because it is for what never ends, not for what is slow; below the deadlines that engines have."""
+    if config.rollout.timeout is not None:
+        return config
+    return _with(config, "rollout", timeout=min(3000.0, max(600.0, 0.5 * config.max_new_tokens)))
 
 
 def _with_max_model_len(config: Config, info: ModelInfo) -> Config:

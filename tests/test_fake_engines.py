@@ -360,7 +360,7 @@ def make_config(**changes: Any) -> Config:
 
 
 def test_unknown_options_are_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="speed is not an option; use seed, token_latency, stale"):
+    with pytest.raises(ConfigError, match="speed is not an option; use seed, token_latency, stale, stale_from"):
         FakeRollout.from_config(make_config(rollout={"engine": "fake", "options": {"speed": 1}}), tiny)
 
 

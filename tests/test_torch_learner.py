@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from asyncflow.algorithms.losses import merge, policy_loss
 from asyncflow.config import parse_config
 from asyncflow.engines.models import describe_model, resolve_model
 from asyncflow.engines.torch_learner import HuggingFacePolicy, TorchLearner
-from asyncflow.errors import ConfigError, EngineError, ModelError
+from asyncflow.errors import ConfigError, EngineError, ModelError, WeightsError
 from asyncflow.types import TrainSample
 
 VOCABULARY = 128
@@ -349,6 +350,51 @@ def test_what_is_saved_is_what_is_exported_and_loads_as_a_model(
     assert_same(dict(loaded.named_parameters()), exported(learner), 0.0)
     assert (folder / "tokenizer_config.json").exists()
     assert loaded.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_log_probs_under_other_weights_are_those_of_that_version_and_leave_the_learner_as_it_was(
+    make_learner: Callable[..., TorchLearner], samples: list[TrainSample], dtype: str
+) -> None:
+    learner = make_learner(dtype=dtype, serving_dtype=dtype, learning_rate=1e-2)
+    first = {name: tensor.clone() for name, tensor in learner.export_weights()}
+    snapshot: Any = SimpleNamespace(version="0.0", tensors=lambda: iter(first.items()))
+    before = learner.logprobs(samples)
+    learner.forward_backward(samples)
+    learner.optim_step(1.0)
+    after, weights = learner.logprobs(samples), exported(learner)
+
+    under = learner.logprobs_under(samples, weights=snapshot)
+
+    assert all(np.array_equal(one, other) for one, other in zip(under, before, strict=True))
+    assert not np.array_equal(before[0], after[0])
+    assert all(np.array_equal(one, other) for one, other in zip(learner.logprobs(samples), after, strict=True))
+    assert_same(exported(learner), weights, 0.0)
+
+
+def test_log_probs_under_weights_of_another_model_are_refused_and_leave_the_learner_as_it_was(
+    make_learner: Callable[..., TorchLearner], samples: list[TrainSample]
+) -> None:
+    learner = make_learner()
+    weights = exported(learner)
+    changed = {name: torch.ones_like(tensor) for name, tensor in list(weights.items())[:-1]}
+    snapshot: Any = SimpleNamespace(version="0.0", tensors=lambda: iter(changed.items()))
+
+    with pytest.raises(WeightsError, match="is not of this model"):
+        learner.logprobs_under(samples, weights=snapshot)
+
+    assert_same(exported(learner), weights, 0.0)
+
+
+def test_log_probs_at_another_temperature_are_those_of_a_learner_with_that_temperature(
+    make_learner: Callable[..., TorchLearner], samples: list[TrainSample]
+) -> None:
+    learner = make_learner(temperature=0.5)
+
+    plain = learner.logprobs_under(samples, temperature=1.0)
+
+    assert all(np.array_equal(a, b) for a, b in zip(plain, make_learner().logprobs(samples), strict=True))
+    assert not np.array_equal(plain[0], learner.logprobs(samples)[0])
 
 
 def test_closing_twice_is_fine(make_learner: Callable[..., TorchLearner]) -> None:

@@ -76,6 +76,8 @@ class Progress:
             self._phase = "training"
         elif line["kind"] == "served":
             self._phase = "training" if self._step else "evaluating"
+        elif line["kind"] == "alarm":
+            console.print(Text(f"{line['severity']}: {line['text']}", style="red"))
         elif line["kind"] == "eval":
             when = "before training" if line["step"] == 0 else f"after step {line['step']}"
             console.print(

@@ -147,6 +147,20 @@ class LearnerEngine(ABC):
     def logprobs(self, samples: Sequence[TrainSample]) -> list[Floats]:
         """log π_θ of the response tokens under the current weights, temperature applied: one (R,) array a sample."""
 
+    def logprobs_under(
+        self,
+        samples: Sequence[TrainSample],  # noqa: ARG002
+        *,
+        weights: WeightSnapshot | None = None,  # noqa: ARG002
+        temperature: float | None = None,  # noqa: ARG002
+    ) -> list[Floats] | None:
+        """`logprobs` as if the weights or the temperature were others (None: its own), which they are not afterwards.
+
+        For attestation (`asyncflow.engines.weights.attestation`). None, the default: this engine cannot do that, and
+        only completions of its current version are attested. Raises WeightsError for weights that are not its model's.
+        """
+        return None
+
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, in the dtype that engines serve, tied weights once."""

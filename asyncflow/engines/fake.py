@@ -37,6 +37,9 @@ TABLE = "bigram.weight"
 MAX_VOCABULARY = 4096
 """The table is the square of it: 64 MB in fp32."""
 
+OPTIONS = ("seed", "token_latency", "stale", "stale_from", "ignores_temperature")
+"""Of `FakeRollout`, in a configuration."""
+
 Sleep = Callable[[float], Awaitable[object]]
 
 
@@ -130,12 +133,15 @@ class FakeRollout(RolloutEngine):
         sleep: Sleep = asyncio.sleep,
         fails: Callable[[GenerationRequest], Exception | None] | None = None,
         stale: bool = False,
+        stale_from: int | None = None,
+        ignores_temperature: bool = False,
     ) -> None:
         """`model` gives the tokenizer and the table to begin with, rounded to `dtype`; `seed` is for requests without.
 
         Time and faults can be planted: `token_latency` (seconds, of all requests or of each) is waited for with `sleep`
         before every token; an exception that `fails` returns is raised for that request; `stale` says that it serves
-        each version it is given, and keeps the first.
+        each version it is given, and keeps the first; `stale_from` keeps the one before this number from there on;
+        `ignores_temperature` returns the log-probs at temperature 1 of what it samples at another one.
         """
         self._model = model
         self._dtype = DTYPES[dtype]
@@ -144,17 +150,19 @@ class FakeRollout(RolloutEngine):
         self._token_latency = token_latency
         self._sleep = sleep
         self._fails = fails
-        self._stale = stale
+        self._stale_from = 0 if stale else stale_from
+        self._ignores_temperature = ignores_temperature
         self._started = False
         self._running = 0
         self._version = PolicyVersion(n=0)
 
     @classmethod
     def from_config(cls, config: Config, model: Path) -> Self:
-        """Options: `seed`, `token_latency` (seconds), `stale`. Raises ConfigError for others."""
+        """Options: `seed`, `token_latency` (seconds), and the faults `stale`, `stale_from` (version) and
+        `ignores_temperature`. Raises ConfigError for others."""
         options = config.rollout.options
-        if unknown := sorted(options.keys() - {"seed", "token_latency", "stale"}):
-            raise ConfigError(f"rollout.options: {unknown[0]} is not an option; use seed, token_latency, stale")
+        if unknown := sorted(options.keys() - set(OPTIONS)):
+            raise ConfigError(f"rollout.options: {unknown[0]} is not an option; use {', '.join(OPTIONS)}")
         return cls(model, dtype=config.rollout.dtype, max_model_len=config.rollout.max_model_len, **options)
 
     async def start(self) -> None:
@@ -196,10 +204,14 @@ class FakeRollout(RolloutEngine):
         if table is None or len(received) > 1 or table.shape != self._table.shape:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in received.items())
             raise WeightsError(f"expected {TABLE} {self._table.shape}, received {shapes or 'nothing'}")
-        if not self._stale:
+        if self._takes(snapshot.version):
             self._table = table.double().numpy()
         self._version = snapshot.version
         return Served(version=snapshot.version, digest=weights_digest(received))
+
+    def _takes(self, version: PolicyVersion) -> bool:
+        """Whether it really takes this version. Tests plant faults here."""
+        return self._stale_from is None or version.n < self._stale_from
 
     async def stop(self) -> None:
         """See `RolloutEngine`. What is being generated raises EngineError before its next token."""
@@ -218,7 +230,10 @@ class FakeRollout(RolloutEngine):
         for draw in np.random.default_rng(own).random(limit):
             await self._sleep(seconds)
             self._check_started()
-            last, logprob = self._next(last, sampling.temperature, draw)
+            before = last
+            last, logprob = self._next(before, sampling.temperature, draw)
+            if self._ignores_temperature:
+                logprob = float(self._logprobs(before, 1.0)[last])
             tokens.append(last)
             logprobs.append(logprob)
             versions.append(self._version.packed)
@@ -235,9 +250,7 @@ class FakeRollout(RolloutEngine):
 
     def _next(self, last: int, temperature: float, draw: float) -> tuple[int, float]:
         """A token and its log-probability, for a uniform draw from [0, 1)."""
-        logits = self._table[last] / (temperature or 1.0)
-        logprobs = logits - logits.max()
-        logprobs -= np.log(np.exp(logprobs).sum())
+        logprobs = self._logprobs(last, temperature)
         if not temperature:
             token = int(logprobs.argmax())
         else:
@@ -245,6 +258,13 @@ class FakeRollout(RolloutEngine):
             # The last sum is 1 but for rounding, hence the product.
             token = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))
         return token, float(logprobs[token])
+
+    def _logprobs(self, last: int, temperature: float) -> NDArray[np.float64]:
+        """(V,) log-probabilities of the next token."""
+        logits = self._table[last] / (temperature or 1.0)
+        logits = logits - logits.max()
+        logprobs: NDArray[np.float64] = logits - np.log(np.exp(logits).sum())
+        return logprobs
 
     def _check_started(self) -> None:
         if not self._started:

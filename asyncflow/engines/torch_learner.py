@@ -21,6 +21,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -32,9 +33,9 @@ from asyncflow.algorithms.attention import matmul_attention
 from asyncflow.algorithms.losses import merge, policy_loss
 from asyncflow.algorithms.packing import Packed, pack
 from asyncflow.config import Config
-from asyncflow.engines.base import LearnerEngine, OptimStats
+from asyncflow.engines.base import LearnerEngine, OptimStats, WeightSnapshot
 from asyncflow.engines.models import load_tokenizer
-from asyncflow.errors import CheckpointError, ConfigError, EngineError, ModelError
+from asyncflow.errors import CheckpointError, ConfigError, EngineError, ModelError, WeightsError
 from asyncflow.types import Floats, TrainSample
 
 Dtype = Literal["bf16", "fp32"]
@@ -328,6 +329,44 @@ class TorchLearner(LearnerEngine):
             ends = np.cumsum([len(samples[i].response_ids) for i in packed.samples])
             found |= dict(zip(packed.samples, np.split(values, ends[:-1]), strict=True))
         return [found[i] for i in range(len(samples))]
+
+    def logprobs_under(
+        self,
+        samples: Sequence[TrainSample],
+        *,
+        weights: WeightSnapshot | None = None,
+        temperature: float | None = None,
+    ) -> list[Floats]:
+        """See `LearnerEngine`. The working weights are exchanged for the time of the call; where they are the masters
+        (fp32), that takes a copy of them."""
+        own = self._temperature
+        try:
+            if temperature is not None:
+                self._temperature = temperature
+            if weights is None:
+                return self.logprobs(samples)
+            with self._holding(weights):
+                return self.logprobs(samples)
+        finally:
+            self._temperature = own
+
+    @contextmanager
+    @torch.no_grad()
+    def _holding(self, weights: WeightSnapshot) -> Iterator[None]:
+        """Other weights in the working tensors. Between two passes nothing else refers to them."""
+        separate = self._working is not self._masters
+        kept = self._masters if separate else [working.detach().clone() for working in self._working]
+        places = dict(zip(self._names, self._working, strict=True))
+        try:
+            for name, tensor in weights.tensors():
+                if name not in places or places[name].shape != tensor.shape:
+                    raise WeightsError(f"version {weights.version} is not of this model: it has {name} {tensor.shape}")
+                places.pop(name).copy_(tensor)
+            if places:
+                raise WeightsError(f"version {weights.version} is not of this model: it has no {min(places)}")
+            yield
+        finally:
+            torch._foreach_copy_(self._working, kept)
 
     @torch.no_grad()
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:

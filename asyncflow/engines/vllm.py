@@ -10,9 +10,10 @@ what an importance weight divides by. To a learner that applies the temperature 
 is then the mass that was left. At temperature 0 they are those at temperature 1, since nothing is drawn then.
 
 Prefix cache. It stays on, since the samples of a group share their prompt. Every request is salted with the digest of
-the weights that are served when it is admitted, so KV of other weights is never found again. A sequence that is running
-when the weights change keeps its KV; one that waits or is in prefill then is admitted again. So a sample whose tokens
-all have one version has been computed with the weights of that version alone, its prompt included.
+the weights that are served when it is admitted, and the count of loads, so KV of other weights is never found again. A
+sequence that is running when the weights change keeps its KV; one that waits or is in prefill then is admitted again.
+So a sample whose tokens all have one version has been computed with the weights of that version alone, its prompt
+included.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ class VLLMRollout(RolloutEngine):
         self._sequences: dict[str, _Sequence] = {}
         self._swapped = asyncio.Event()
         self._digest = "initial"
+        self._loads = 0
+        """Weights may be loaded again because the first time was no good: then the KV is no good either."""
         self._end: str | None = "vLLM is not running: start it first"
 
     @classmethod
@@ -175,6 +178,7 @@ class VLLMRollout(RolloutEngine):
         self._swapped.clear()
         try:
             async with asyncio.timeout(CONTROL_SECONDS):
+                self._loads += 1
                 self._digest = await self._ask(self._update(snapshot, mode))
         except BaseException as error:
             await self._end_with(f"loading version {snapshot.version} failed ({_told(error)}): start a new engine")
@@ -319,7 +323,7 @@ class VLLMRollout(RolloutEngine):
             output_kind=RequestOutputKind.DELTA,
             stream_interval=tokens,
         )
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist(), cache_salt=self._digest)
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids.tolist(), cache_salt=f"{self._digest} {self._loads}")
         parts: list[Any] = []
         sequence = self._sequences[request.request_id] = _Sequence()
         try:

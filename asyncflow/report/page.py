@@ -28,6 +28,8 @@ MAX_ROWS = 400
 
 MAX_VIOLATIONS = 20
 """Violations in the list."""
+SHOWN_ALARMS = 12
+"""Alarms in the head."""
 
 TIMES = (
     ("perf/fwd_bwd_s", "forward and backward", "accent"),
@@ -68,6 +70,7 @@ class RunFiles:
     evals: Sequence[Mapping[str, Any]]
     weights: Sequence[Mapping[str, Any]]
     served: Sequence[Mapping[str, Any]]
+    alarms: Sequence[Mapping[str, Any]]
     audit: Audit | None
     audit_error: str
     """Why there is no audit."""
@@ -106,6 +109,7 @@ def read_run(run_dir: Path) -> RunFiles:
         evals=read_metrics(metrics, "eval"),
         weights=read_metrics(metrics, "weights"),
         served=read_metrics(metrics, "served"),
+        alarms=read_metrics(metrics, "alarm"),
         audit=books,
         audit_error=error,
     )
@@ -152,7 +156,7 @@ def _header(run: RunFiles, name: str) -> str:
     return (
         f"<p class='eyebrow'>AsyncFlow run</p><h1>{escape(name)}</h1>"
         f"<p class='sub'>{escape(' · '.join(fact for fact in facts if fact))}</p>"
-        f"{_outcome(run)}{_accuracy(run)}{_stats(run)}"
+        f"{_outcome(run)}{_alarms(run)}{_accuracy(run)}{_stats(run)}"
     )
 
 
@@ -164,6 +168,15 @@ def _outcome(run: RunFiles) -> str:
     )
     said = f"<p class='reason'>{escape(str(reason))}</p>" if reason else ""
     return f"<p class='status {tone}'>{escape(outcome.capitalize())}</p>{said}"
+
+
+def _alarms(run: RunFiles) -> str:
+    if not run.alarms:
+        return ""
+    lines = [f"{line.get('severity', 'warning')}: {line.get('text', '')}" for line in run.alarms]
+    shown = "".join(f"<li>{escape(line)}</li>" for line in lines[:SHOWN_ALARMS])
+    more = f"<li>and {_many(len(lines) - SHOWN_ALARMS)} more in {METRICS}</li>" if len(lines) > SHOWN_ALARMS else ""
+    return f"<ul class='reason'>{shown}{more}</ul>"
 
 
 def _accuracy(run: RunFiles) -> str:

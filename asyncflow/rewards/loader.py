@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,12 +19,14 @@ from asyncflow.user_code import look_in_current_folder
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-def load_reward(specs: Sequence[RewardConfig | RewardFunction] | RewardFunction) -> Reward:
+def load_reward(
+    specs: Sequence[RewardConfig | RewardFunction] | RewardFunction, *, timeout: float = math.inf
+) -> Reward:
     """The weighted sum of the functions that are named, or given themselves (with weight 1); or of a single one.
 
     A name is a key of `asyncflow.rewards.functions.BUILT_IN`, or an import path `package.module:function`, for which
     modules in the current folder are found as well. A function is known by its own name in metrics; when two have the
-    same one, by how they were named here.
+    same one, by how they were named here. `timeout` is in seconds a call.
 
     Raises ConfigError for a name that leads to no function, and RewardError for a module that cannot be imported or a
     function that cannot be called by keyword.
@@ -43,7 +46,7 @@ def load_reward(specs: Sequence[RewardConfig | RewardFunction] | RewardFunction)
         if name in functions:
             raise ConfigError(f"the reward function {use} is named twice: name it once, and set its weight")
         functions[name] = (function, weight)
-    return Reward(functions)
+    return Reward(functions, timeout=timeout)
 
 
 def _own_name(function: Any) -> str:

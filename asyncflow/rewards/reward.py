@@ -16,19 +16,23 @@ In which form
 
 What it returns
     A list with one finite number, or None (not applicable), for each completion.
+
+How long it may take
+    `timeout` seconds a call (`reward_timeout` in the configuration). Functions are called by one thread at a time,
+    except that one which did not return in time is left behind, and may still be at work when the next call is made.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from asyncflow.errors import RewardError
+from asyncflow.errors import RewardError, RewardTimeout
+from asyncflow.rewards.calls import Calls, Wait, wait_for
 from asyncflow.rewards.functions import RewardFunction
 from asyncflow.types import Int32s, Prompt
 
@@ -38,9 +42,6 @@ REASON_LIMIT = 300
 """Characters of another program's error message that a reason keeps."""
 
 RIGHT_RESULT = "return a list with one number, or None, for each completion"
-
-STOP_SECONDS = 5.0
-"""How long `Reward.close` waits for asynchronous functions."""
 
 GIVEN = ("prompts", "completions", "completion_ids")
 
@@ -77,12 +78,17 @@ class RewardFailure:
 class Reward:
     """The weighted sum of some reward functions. Thread-safe: functions are called by one thread at a time."""
 
-    def __init__(self, functions: Mapping[str, tuple[RewardFunction, float]]) -> None:
-        """`functions` are (function, weight) by name. Raises RewardError for one that cannot be called by keyword."""
-        self._loop = _EventLoop()
+    def __init__(
+        self, functions: Mapping[str, tuple[RewardFunction, float]], *, timeout: float = math.inf, wait: Wait = wait_for
+    ) -> None:
+        """`functions` are (function, weight) by name; `timeout` is in seconds a call, waited for with `wait`.
+
+        Raises RewardError for a function that cannot be called by keyword.
+        """
+        self._calls = Calls(timeout=timeout, wait=wait)
         self._lock = threading.Lock()
         self._functions = [
-            _Scored(name, function, weight, self._loop) for name, (function, weight) in functions.items()
+            _Scored(name, function, weight, self._calls) for name, (function, weight) in functions.items()
         ]
 
     @property
@@ -95,6 +101,9 @@ class Reward:
 
         When a function raises, it is called again with one completion at a time, so that only those fail that it cannot
         score. A completion fails with the reasons of all functions that failed on it, or when none applies to it.
+
+        Raises RewardTimeout when a call takes too long: nothing is known about these completions then, and one that is
+        at fault is found by scoring them alone. Raises RewardError when too many calls never came back.
         """
         # Rollouts and an evaluation may be scored at the same time, and hardly any reward function expects that.
         with self._lock:
@@ -112,8 +121,8 @@ class Reward:
             function.probe(prompt)
 
     def close(self) -> None:
-        """End what asynchronous functions run on. May be called twice; `score` starts it again."""
-        self._loop.close()
+        """End what functions run on. May be called twice; `score` starts it again."""
+        self._calls.close()
 
     def _combine(self, values: Sequence[float | RewardFailure | None]) -> RewardOutput | RewardFailure:
         failures = [value.reason for value in values if isinstance(value, RewardFailure)]
@@ -152,11 +161,11 @@ class _Misbehaved(Exception):
 class _Scored:
     """One function with its name and weight."""
 
-    def __init__(self, name: str, function: RewardFunction, weight: float, loop: _EventLoop) -> None:
+    def __init__(self, name: str, function: RewardFunction, weight: float, calls: Calls) -> None:
         self.name = name
         self.weight = weight
         self._function = function
-        self._loop = loop
+        self._calls = calls
         self._completions_as: Literal["text", "messages"] = "text"
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -188,6 +197,8 @@ class _Scored:
         batch = [RewardInput(prompt=prompt, completion=TRIAL_COMPLETION, completion_ids=(0,))] * 2
         try:
             values = self._trial(batch)
+        except RewardTimeout as error:
+            raise RewardError(f"{error}: give what it waits for a deadline, or raise reward_timeout") from None
         except _Misbehaved as problem:
             raise RewardError(f"the reward function {self.name} {problem}: {problem.advice}") from problem.__cause__
         for value in values:
@@ -215,9 +226,9 @@ class _Scored:
         """Call the function once and check what it returns. Raises _Misbehaved."""
         arguments = self._arguments(batch, completions_as)
         try:
-            result = self._function(**arguments)
-            if inspect.isawaitable(result):
-                result = self._loop.wait_for(result)
+            result = self._calls.call(self.name, self._function, arguments)
+        except RewardError:
+            raise
         except ModuleNotFoundError as error:
             raise _Misbehaved(
                 f"needs the module {error.name}, which is not installed", advice="install it, or name another function"
@@ -275,43 +286,3 @@ def _kind(value: object) -> str:
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= REASON_LIMIT else text[:REASON_LIMIT] + "…"
-
-
-class _EventLoop:
-    """An event loop in a thread of its own, which lives as long as the run.
-
-    The same loop for all calls, because clients that a function keeps (HTTP sessions) belong to the loop that they were
-    first used on; in a thread, because the caller may be on a loop itself.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def wait_for(self, awaitable: Awaitable[Any]) -> Any:
-        """Block until the awaitable is done."""
-
-        async def done() -> Any:
-            try:
-                return await awaitable
-            except SystemExit as error:  # would end the loop, and nobody would be told
-                raise RuntimeError(f"SystemExit: {error}") from error
-
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
-                self._thread.start()
-            loop = self._loop
-        return asyncio.run_coroutine_threadsafe(done(), loop).result()
-
-    def close(self) -> None:
-        with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is None or thread is None:
-            return
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(STOP_SECONDS)
-        if not thread.is_alive():  # else a function blocks its loop: the thread is a daemon, and ends with the process
-            loop.close()

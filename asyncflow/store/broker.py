@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import Closed, IllegalTransition, LedgerError, StoreError
-from asyncflow.store.client import Counts, Lease, LeasedRow
+from asyncflow.store.client import Counts, Lease, LeasedRow, Waited
 from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.lifecycle import OPEN_STATES
@@ -197,6 +197,13 @@ class Store:
                 learner=table.learner,
                 served=dict(table.served),
                 oldest=None if oldest is None else PolicyVersion.unpack(oldest),
+            )
+
+    def waited_for(self) -> tuple[Waited, ...]:
+        with self._lock:
+            return tuple(
+                Waited(sample_id=row.sample_id, group_id=row.group_id, state=row.state.value, worker=worker)
+                for row, worker in self.table.waited_for()
             )
 
     def close(self) -> None:

@@ -67,6 +67,17 @@ class Counts:
         return sum(self.states.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Waited:
+    """A sample without which the step under way cannot go on."""
+
+    sample_id: int
+    group_id: int
+    state: str
+    worker: str | None
+    """Who has it; None: it waits to be taken."""
+
+
 class StoreClient(Protocol):
     """All calls are blocking, thread-safe and have a deadline. One that raises has changed nothing.
 
@@ -136,6 +147,9 @@ class StoreClient(Protocol):
 
         Raises IllegalTransition for a version that no commit has made.
         """
+
+    def waited_for(self) -> tuple[Waited, ...]:
+        """The samples of the step under way that are not ready for the learner yet."""
 
     def counts(self) -> Counts:
         """The account, at one moment."""

@@ -170,6 +170,21 @@ class Table:
             and (not writes or row.columns & writes != writes)
         )
 
+    def waited_for(self) -> list[tuple[Row, str | None]]:
+        """Rows of the step under way that are not ready to be trained, each with the worker that holds it."""
+        window = self.terms.train_batch_size // self.group_size
+        rows = [
+            self.rows[sample_id]
+            for group_id in list(islice(self.groups, window))
+            if group_id not in self.taken
+            for sample_id in sorted(self.groups[group_id])
+        ]
+        return [
+            (row, next((self.leases[lease_id].worker for lease_id in row.leases.values()), None))
+            for row in rows
+            if row.state is not State.REWARDED
+        ]
+
     def next_deadline(self) -> float | None:
         """Earliest deadline of a lease, or None."""
         while self._deadlines:

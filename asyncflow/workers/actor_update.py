@@ -25,6 +25,7 @@ from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import Stage
 from asyncflow.types import PolicyVersion, Recorder, TrainSample
 from asyncflow.workers.arrow import floats, ragged, strings
+from asyncflow.workers.attestation import Attestation
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 
 REFILLED = "zero_variance_refilled"
@@ -75,6 +76,7 @@ class ActorUpdate(StageWorker):
         engine: LearnerEngine,
         channel: WeightChannel,
         recorder: Recorder,
+        attestation: Attestation,
         config: Config,
         generated_tokens: Callable[[], int],
         after_step: Callable[[PolicyVersion], None],
@@ -85,6 +87,7 @@ class ActorUpdate(StageWorker):
         self._engine = engine
         self._channel = channel
         self._recorder = recorder
+        self._attestation = attestation
         self._config = config
         self._generated_tokens = generated_tokens
         self._after_step = after_step
@@ -94,6 +97,8 @@ class ActorUpdate(StageWorker):
         self._max_refill = config.groups_per_step if config.max_refill is None else config.max_refill
         self.version = PolicyVersion(n=0)
         """Of the weights that the engine holds."""
+        self.passes = 0
+        """Forward and backward passes, and updates, so far."""
         self._step: Step | None = None
         self._generated_before = 0
         if config.learner.cores is not None:
@@ -108,6 +113,7 @@ class ActorUpdate(StageWorker):
         """Put the current weights into the channel under the current version."""
         began = time.monotonic()
         snapshot = self._channel.publish(self.version, self._engine.export_weights())
+        self._attestation.published(snapshot)
         self._recorder.log(
             "weights",
             {"version": str(self.version), "digest": snapshot.digest, "publish_s": time.monotonic() - began},
@@ -125,6 +131,9 @@ class ActorUpdate(StageWorker):
         if self._step is None:
             self._step = Step(began=time.monotonic())
         super().turn()
+
+    def idle(self) -> None:
+        self._attestation.while_idle()
 
     def process(self, held: HeldLease) -> None:
         step = self._step
@@ -170,6 +179,7 @@ class ActorUpdate(StageWorker):
         # An update cannot be taken back, so nothing that goes into it may be lost before the commit.
         for held in step.held:
             held.renew()
+        self._attestation.before_update()
         if not self._streams:
             self._train_gathered(step)
         elif step.denominator:
@@ -213,12 +223,14 @@ class ActorUpdate(StageWorker):
         step.sums = merge(step.sums, self._engine.forward_backward(samples))
         step.forward_backward_s += time.monotonic() - began
         step.denominator += tokens
+        self.passes += 1
 
     def _update(self, step: Step) -> None:
         began = time.monotonic()
         step.updates.append(self._engine.optim_step(step.denominator))
         step.optim_s += time.monotonic() - began
         step.denominator = 0
+        self.passes += 1
 
     def _micro_batches(self, samples: Sequence[TrainSample]) -> Iterable[list[TrainSample]]:
         """Whole groups, as many as `micro_batch_tokens` allows, in order."""

@@ -123,7 +123,11 @@ def _rest(sample_ids: Sequence[int], error: LeaseLost) -> list[int]:
 
 
 class Heartbeat(Worker):
-    """Keeps the leases of this process's workers alive while they work on them."""
+    """Keeps the leases of this process's workers alive while they work on them.
+
+    A worker that hangs keeps its rows: this knows only that its process lives. Who takes too long is the watchdog's
+    matter (`asyncflow.workers.watchdog`).
+    """
 
     name = "heartbeat"
 
@@ -178,6 +182,9 @@ class StageWorker(Worker):
         """Tokens that one lease may have."""
         return None
 
+    def idle(self) -> None:
+        """Called when a turn has found nothing to do."""
+
     def turn(self) -> None:
         room = self.room()
         if not room:
@@ -191,6 +198,7 @@ class StageWorker(Worker):
             timeout=PATIENCE,
         )
         if lease is None:
+            self.idle()
             return
         held = HeldLease(lease, self.store, self.heartbeat)
         self._processing = True

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from asyncflow.engines.base import GenerationRequest
-from asyncflow.errors import EngineError
-from asyncflow.rewards import Reward, RewardFailure, RewardInput
+from asyncflow.errors import EngineError, RewardTimeout
+from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
 from asyncflow.workers.base import PATIENCE, Worker
 from asyncflow.workers.rollout import EngineHost
@@ -92,7 +92,7 @@ class Evaluator(Worker):
             raise EngineError(
                 f"the {len(futures)} held-out problems were not completed within {GENERATE_TIMEOUT:.0f} s"
             ) from None
-        results = self._reward.score(
+        results = self._score(
             [
                 RewardInput(prompt=problem, completion=completion.text, completion_ids=completion.token_ids)
                 for problem, completion in zip(self._problems, completions, strict=True)
@@ -120,3 +120,12 @@ class Evaluator(Worker):
             },
         )
         return accuracy
+
+    def _score(self, batch: Sequence[RewardInput]) -> list[RewardOutput | RewardFailure]:
+        """Score all of them together; when that takes too long, one by one."""
+        try:
+            return self._reward.score(batch)
+        except RewardTimeout as error:
+            if len(batch) == 1:
+                return [RewardFailure(reason=str(error))]
+            return [result for one in batch for result in self._score([one])]

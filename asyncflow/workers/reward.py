@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pyarrow as pa
 
+from asyncflow.errors import RewardTimeout
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
-from asyncflow.store.client import Lease, StoreClient
+from asyncflow.store.client import Lease, LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
 from asyncflow.types import Prompt
+from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.arrow import ragged, strings
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 
@@ -17,14 +20,35 @@ from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 class RewardWorker(StageWorker):
     """Consumes completions, produces rewards. Waits for completions; a sequence that ends makes one."""
 
-    def __init__(self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, *, reward: Reward) -> None:
+    def __init__(
+        self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, *, reward: Reward, alarms: Alarms
+    ) -> None:
         super().__init__(stage, store, heartbeat)
         self._reward = reward
+        self._alarms = alarms
 
     def process(self, held: HeldLease) -> None:
-        inputs = inputs_of(held.lease)
+        rows = list(zip(held.lease.rows, inputs_of(held.lease), strict=True))
+        # What comes again may have hung: alone, it cannot take others with it.
+        self._score(held, [(row, item) for row, item in rows if row.attempt == 1])
+        for row, item in rows:
+            if row.attempt > 1:
+                self._score(held, [(row, item)])
+
+    def _score(self, held: HeldLease, rows: Sequence[tuple[LeasedRow, RewardInput]]) -> None:
+        if not rows:
+            return
+        try:
+            results = self._reward.score([item for _, item in rows])
+        except RewardTimeout as error:
+            ids = tuple(row.sample_id for row, _ in rows)
+            again = "they are tried one by one" if len(ids) > 1 else f"it was attempt {rows[0][0].attempt}"
+            names = f"sample{'s' if len(ids) > 1 else ''} {', '.join(map(str, ids[:8]))}{', …' if len(ids) > 8 else ''}"
+            self._alarms.sound("reward_hung", f"{error} for {names}: {again}", samples=ids)
+            held.nack(ids, str(error))
+            return
         scored: dict[int, RewardOutput] = {}
-        for row, result in zip(held.lease.rows, self._reward.score(inputs), strict=True):
+        for (row, _), result in zip(rows, results, strict=True):
             if isinstance(result, RewardFailure):
                 held.nack((row.sample_id,), result.reason, final=True)
             else:

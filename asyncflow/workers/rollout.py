@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from asyncflow.clock import Clock, SystemClock
 from asyncflow.engines.base import GenerationRequest, RolloutEngine, Served, WeightSnapshot
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.errors import EngineError, PromptTooLong, WeightsError
@@ -25,6 +27,7 @@ from asyncflow.store.client import LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
 from asyncflow.types import Completion, Int32s, PolicyVersion, Recorder, Sampling, UpdateMode
 from asyncflow.workers.arrow import ragged
+from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Heartbeat, HeldLease, StageWorker, Worker
 
 T = TypeVar("T")
@@ -32,19 +35,44 @@ T = TypeVar("T")
 START_TIMEOUT = 600.0
 """Seconds that an engine may take to load its model and warm up."""
 LOAD_TIMEOUT = 600.0
-"""Seconds that an update may take, the wait for running sequences (`boundary`) included."""
+"""Seconds that an update may take; at a `boundary` in addition to what a running sequence may take."""
 STOP_TIMEOUT = 900.0
 """Seconds that an engine may take to stop; above its own deadlines, so that it can use them."""
 GENERATE_TIMEOUT = 3600.0
-"""Seconds after which a completion that has not come is given back."""
+"""Seconds after which a completion fails, whoever asked for it. The watchdog gives back samples much sooner."""
+CANARY_TOKENS = 4
+"""Of the completion that shows after each load whether anything has changed."""
+REMEMBERED = 256
+"""Completions whose duration is remembered."""
 
 
 class EngineHost:
     """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order."""
 
-    def __init__(self, engine: RolloutEngine, name: str) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        name: str,
+        *,
+        rollout_timeout: float = GENERATE_TIMEOUT,
+        canary: Int32s | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """`rollout_timeout`: seconds after which somebody cancels a sample's completion, for which a boundary waits.
+        `canary`: a prompt that is completed after each load, before anything else at a boundary."""
         self.engine = engine
         self.name = name
+        self.finished = 0
+        """Completions so far, those of evaluations included."""
+        self.canary: tuple[Int32s, Completion] | None = None
+        """The canary prompt and how it was completed after the last load."""
+        self._canary = canary
+        self._loads = 0
+        self._rollout_timeout = rollout_timeout
+        self._clock = clock or SystemClock()
+        self._lock = threading.Lock()
+        self._began: dict[str, float] = {}
+        self._durations: deque[float] = deque(maxlen=REMEMBERED)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-loop", daemon=True)
         self._gate = asyncio.Condition()
@@ -62,14 +90,23 @@ class EngineHost:
         """Ask for one completion; the future fails with what the engine raises."""
         return asyncio.run_coroutine_threadsafe(self._generate(request), self._loop)
 
+    def began(self) -> dict[str, float]:
+        """When each request that the engine has now went into it, on the clock's monotonic time."""
+        with self._lock:
+            return dict(self._began)
+
+    def durations(self) -> list[float]:
+        """Seconds that the last completions took."""
+        with self._lock:
+            return list(self._durations)
+
     def load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         """Bring new weights into the engine. With `boundary`, requests wait at the gate until what runs has finished.
 
         Raises WeightsError when the engine does not serve what it was given.
         """
-        served = self._call(
-            self._controlled(self._load(snapshot, mode)), LOAD_TIMEOUT, f"load version {snapshot.version}"
-        )
+        timeout = LOAD_TIMEOUT + (self._rollout_timeout if mode == "boundary" else 0.0)
+        served = self._call(self._controlled(self._load(snapshot, mode)), timeout, f"load version {snapshot.version}")
         if (served.version, served.digest) != (snapshot.version, snapshot.digest):
             raise WeightsError(
                 f"{self.name} was given version {snapshot.version} ({snapshot.digest}) "
@@ -104,10 +141,18 @@ class EngineHost:
             async with self._gate:
                 await self._gate.wait_for(lambda: not self._swapping)
                 self._running += 1
+            with self._lock:
+                began = self._began[request.request_id] = self._clock.monotonic()
             try:
                 async with asyncio.timeout(GENERATE_TIMEOUT):
-                    return await self.engine.generate(request)
+                    completion = await self.engine.generate(request)
+                with self._lock:
+                    self._durations.append(self._clock.monotonic() - began)
+                    self.finished += 1
+                return completion
             finally:
+                with self._lock:
+                    del self._began[request.request_id]
                 async with self._gate:
                     self._running -= 1
                     self._gate.notify_all()
@@ -116,16 +161,31 @@ class EngineHost:
 
     async def _load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         if mode == "in_flight":
-            return await self.engine.load_weights(snapshot, mode)
+            served = await self.engine.load_weights(snapshot, mode)
+            await self._sing()
+            return served
         try:
             async with self._gate:
                 self._swapping = True
                 await self._gate.wait_for(lambda: self._running == 0)
-            return await self.engine.load_weights(snapshot, mode)
+            served = await self.engine.load_weights(snapshot, mode)
+            await self._sing()
+            return served
         finally:
             async with self._gate:
                 self._swapping = False
                 self._gate.notify_all()
+
+    async def _sing(self) -> None:
+        """Complete the canary prompt."""
+        if self._canary is not None:
+            self._loads += 1
+            request = GenerationRequest(
+                request_id=f"canary-{self._loads}",
+                prompt_ids=self._canary,
+                sampling=Sampling(max_new_tokens=CANARY_TOKENS, temperature=0.0),
+            )
+            self.canary = self._canary, await self.engine.generate(request)
 
     async def _shutdown(self) -> None:
         self._cancel_generating()
@@ -160,6 +220,32 @@ class EngineHost:
             raise EngineError(f"{self.name} did not {what} within {timeout:.0f} s") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnderWay:
+    """One completion that the engine is working on."""
+
+    request_id: str
+    sample_id: int
+    group_id: int
+    attempt: int
+    engine: str
+    began: float
+    """When it went into the engine, on the clock's monotonic time."""
+
+
+@dataclass
+class _Asked:
+    """One completion that was asked for."""
+
+    row: LeasedRow
+    request: GenerationRequest
+    epoch: int
+    """Of the weights' loading, see `FreshSamples`."""
+    future: Future[Completion]
+    given_up: str = ""
+    """Why it was cancelled."""
+
+
 class RolloutWorker(StageWorker):
     """Consumes prompts, produces completions. Waits for a free place in the engine; a finished sequence makes it."""
 
@@ -175,14 +261,17 @@ class RolloutWorker(StageWorker):
         sampling: Sampling,
         max_concurrency: int,
         seed: int | None,
+        fresh: FreshSamples,
     ) -> None:
         super().__init__(stage, store, heartbeat)
         self._host = host
         self._sampling = sampling
         self._seed = seed
+        self._fresh = fresh
         self._places = self._free = max_concurrency
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
+        self._asked: dict[str, _Asked] = {}
         self.generated_tokens = 0
         """Response tokens so far."""
 
@@ -202,8 +291,37 @@ class RolloutWorker(StageWorker):
         with self._changed:
             self._free -= len(held.lease.rows)
         for row, prompt_ids in zip(held.lease.rows, prompts, strict=True):
-            future = self._host.submit(self._request(row, prompt_ids))
-            future.add_done_callback(lambda done, row=row: self._finish(held, row, done))  # type: ignore[misc]
+            request, epoch = self._request(row, prompt_ids), self._fresh.epoch
+            asked = _Asked(row=row, request=request, epoch=epoch, future=self._host.submit(request))
+            with self._changed:
+                self._asked[request.request_id] = asked
+            asked.future.add_done_callback(lambda _, asked=asked: self._finish(held, asked))  # type: ignore[misc]
+
+    def under_way(self) -> list[UnderWay]:
+        """The samples that the engine has now; those that wait to be let in are not among them."""
+        began = self._host.began()
+        with self._changed:
+            return [
+                UnderWay(
+                    request_id=request_id,
+                    sample_id=asked.row.sample_id,
+                    group_id=asked.row.group_id,
+                    attempt=asked.row.attempt,
+                    engine=self._host.name,
+                    began=began[request_id],
+                )
+                for request_id, asked in self._asked.items()
+                if request_id in began
+            ]
+
+    def give_up(self, request_id: str, reason: str) -> None:
+        """Cancel a completion and give its sample back with this reason; nothing happens when it has ended."""
+        with self._changed:
+            asked = self._asked.get(request_id)
+            if asked is not None:
+                asked.given_up = reason
+        if asked is not None:
+            asked.future.cancel()
 
     def _request(self, row: LeasedRow, prompt_ids: Int32s) -> GenerationRequest:
         seed = None if self._seed is None else self._seed * 1_000_003 + row.sample_id
@@ -213,22 +331,24 @@ class RolloutWorker(StageWorker):
             sampling=replace(self._sampling, seed=seed),
         )
 
-    def _finish(self, held: HeldLease, row: LeasedRow, done: Future[Completion]) -> None:
-        """Runs in the engine's thread when a sequence has ended in whatever way."""
+    def _finish(self, held: HeldLease, asked: _Asked) -> None:
+        """Runs in the engine's thread when a sequence has ended in whatever way, or in that of who gave it up."""
         try:
-            self._settle(held, row, done)
+            self._settle(held, asked)
         except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error
         finally:
             with self._changed:
+                del self._asked[asked.request.request_id]
                 self._free += 1
                 self._changed.notify_all()
 
-    def _settle(self, held: HeldLease, row: LeasedRow, done: Future[Completion]) -> None:
+    def _settle(self, held: HeldLease, asked: _Asked) -> None:
+        row, done = asked.row, asked.future
         ids = (row.sample_id,)
         if done.cancelled():
-            held.nack(ids, "generation was cancelled")
+            held.nack(ids, asked.given_up or "generation was cancelled")
             return
         error = done.exception()
         if isinstance(error, PromptTooLong):
@@ -242,6 +362,7 @@ class RolloutWorker(StageWorker):
         else:
             completion = done.result()
             self.generated_tokens += len(completion.token_ids)
+            self._fresh.offer(row.sample_id, row.group_id, asked.request.prompt_ids, completion, epoch=asked.epoch)
             held.ack(ids, completion_columns(completion))
 
 
@@ -286,6 +407,7 @@ class WeightFollower(Worker):
         *,
         mode: UpdateMode,
         on_served: Callable[[PolicyVersion], None],
+        fresh: FreshSamples,
     ) -> None:
         self._host = host
         self._channel = channel
@@ -293,19 +415,28 @@ class WeightFollower(Worker):
         self._recorder = recorder
         self._mode = mode
         self._on_served = on_served
+        self._fresh = fresh
         self._served: PolicyVersion | None = None
 
     def turn(self) -> None:
         self.follow(PATIENCE)
 
     def follow(self, timeout: float) -> None:
-        """Bring the newest version into the engine and say so, unless it is served already."""
-        snapshot = self._channel.wait_newer(self._served, timeout)
+        """Bring the newest version into the engine and say so, unless it is served already.
+
+        Attestation may ask for it to be loaded again, though the engine says that it serves it.
+        """
+        again = self._fresh.closed
+        snapshot = self._channel.latest() if again else self._channel.wait_newer(self._served, timeout)
         if snapshot is None:
             return
         began = time.monotonic()
         served = self._host.load(snapshot, self._mode)
         self._served = served.version
+        if again:
+            self._fresh.reopen()
+        if self._host.canary is not None:
+            self._fresh.sang(served.version, *self._host.canary)
         self._store.serve(self._host.name, served.version)
         self._recorder.log(
             "served",
