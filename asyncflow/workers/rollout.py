@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -35,12 +36,18 @@ LOAD_TIMEOUT = 600.0
 """Seconds that an update may take, the wait for running sequences (`boundary`) included."""
 STOP_TIMEOUT = 900.0
 """Seconds that an engine may take to stop; above its own deadlines, so that it can use them."""
+TURN_TIMEOUT = 7200.0
+"""Seconds that somebody who takes turns with the engine may wait for his, sequences that have to end first included."""
 GENERATE_TIMEOUT = 3600.0
 """Seconds after which a completion that has not come is given back."""
 
 
 class EngineHost:
-    """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order."""
+    """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order.
+
+    A gate lets requests through to the engine. It is closed during an update (`boundary`), and while somebody who has
+    the same cores or GPU takes his turn (`suspend`): what runs is finished, nothing is started.
+    """
 
     def __init__(self, engine: RolloutEngine, name: str) -> None:
         self.engine = engine
@@ -49,6 +56,9 @@ class EngineHost:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-loop", daemon=True)
         self._gate = asyncio.Condition()
         self._swapping = False
+        self._suspended = False
+        self._asleep = False
+        self._ending = False
         self._running = 0
         self._generating: set[asyncio.Task[Any]] = set()
         self._control: asyncio.Future[Any] | None = None
@@ -77,9 +87,30 @@ class EngineHost:
             )
         return served
 
+    def suspend(self) -> None:
+        """Take the learner's turn: the engine finishes what runs, starts nothing and sleeps, until the next `load`.
+
+        Waits for the turn of somebody else to end. Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        """
+        self._call(self._suspend(when_idle=False), TURN_TIMEOUT, "finish what it was generating")
+
+    @contextmanager
+    def turn_when_idle(self) -> Iterator[None]:
+        """A turn for those who can wait until the engine has nothing to do: it starts nothing until the end of it.
+
+        Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        """
+        self._call(self._suspend(when_idle=True), TURN_TIMEOUT, "become idle")
+        try:
+            yield
+        finally:
+            self._call(self._resume(), TURN_TIMEOUT, "resume")
+
     def cancel(self) -> None:
-        """Cancel all completions that are under way. From any thread; does not wait."""
+        """Cancel all completions that are under way, and whoever waits for a turn: the run is ending. From any thread;
+        does not wait."""
         if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end_turns(), self._loop)
             self._loop.call_soon_threadsafe(self._cancel_generating)
 
     def stop(self) -> None:
@@ -102,7 +133,7 @@ class EngineHost:
         self._generating.add(task)
         try:
             async with self._gate:
-                await self._gate.wait_for(lambda: not self._swapping)
+                await self._gate.wait_for(lambda: not (self._swapping or self._suspended))
                 self._running += 1
             try:
                 async with asyncio.timeout(GENERATE_TIMEOUT):
@@ -121,11 +152,33 @@ class EngineHost:
             async with self._gate:
                 self._swapping = True
                 await self._gate.wait_for(lambda: self._running == 0)
+            if self._asleep:
+                await self.engine.wake()
+                self._asleep = False
             return await self.engine.load_weights(snapshot, mode)
         finally:
             async with self._gate:
-                self._swapping = False
+                self._swapping = self._suspended = False
                 self._gate.notify_all()
+
+    async def _suspend(self, *, when_idle: bool) -> None:
+        def may_begin() -> bool:
+            return not (self._swapping or self._suspended or (when_idle and self._running))
+
+        async with self._gate:
+            await self._gate.wait_for(lambda: self._ending or may_begin())
+            if self._ending:
+                raise EngineError(f"{self.name} takes no more turns: the run is ending")
+            self._suspended = True
+            await self._gate.wait_for(lambda: self._running == 0)
+        if not when_idle and self.engine.capabilities.sleep:
+            await self._controlled(self.engine.sleep())
+            self._asleep = True
+
+    async def _resume(self) -> None:
+        async with self._gate:
+            self._suspended = False
+            self._gate.notify_all()
 
     async def _shutdown(self) -> None:
         self._cancel_generating()
@@ -134,6 +187,11 @@ class EngineHost:
             # Whoever waited for it is gone (Ctrl-C); an engine is not stopped in the middle of an update.
             await asyncio.wait([self._control], timeout=LOAD_TIMEOUT)
         await self.engine.stop()
+
+    async def _end_turns(self) -> None:
+        async with self._gate:
+            self._ending = True
+            self._gate.notify_all()
 
     def _cancel_generating(self) -> None:
         # Only what was started here: the engine may have tasks of its own, and needs them to stop.
