@@ -33,7 +33,7 @@ SCHEMA = Schema(
     (
         Stage(name="rollout", role="generate", needs=PROMPT_COLUMNS, writes=RESPONSE),
         Stage(name="reward", role="score", needs=("response", "prompt_columns"), writes=("reward", "reward_parts")),
-        Stage(name="train", role="train", needs=tuple(COLUMNS)),
+        Stage(name="train", role="train", needs=(*PROMPT_COLUMNS, *RESPONSE, "reward", "reward_parts")),
     )
 )
 SOON = 20.0
