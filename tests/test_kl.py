@@ -133,10 +133,10 @@ def test_in_the_loss_the_gradient_is_that_of_the_current_policy_though_another_o
 
 
 def test_the_term_is_weighted_capped_scaled_and_summed_over_the_mask() -> None:
-    current = torch.tensor([-1.0, -2.0, -0.5, -3.0]).double()
-    behaviour = current - torch.tensor([2.0, 0.5, 9.0, 1.0]).double().log()
-    reference = torch.tensor([-1.5, -2.5, -0.1, math.nan]).double()
-    mask = torch.tensor([True, True, True, False])
+    current = torch.tensor([-3.0, -1.0, -2.0, -0.5]).double()
+    behaviour = current - torch.tensor([1.0, 2.0, 0.5, 9.0]).double().log()
+    reference = torch.tensor([math.nan, -1.5, -2.5, -0.1]).double()
+    mask = torch.tensor([False, True, True, True])
     without, _ = policy_loss(current, behaviour, None, torch.ones(4).double(), mask, importance_cap=5.0)
 
     with_kl, sums = policy_loss(
@@ -151,12 +151,12 @@ def test_the_term_is_weighted_capped_scaled_and_summed_over_the_mask() -> None:
         kl_estimator="k3",
     )
 
-    terms = k3(current[:3], reference[:3])
+    terms = k3(current[1:], reference[1:])
     expected = 0.1 * (2 * terms[0] + 0.5 * terms[1] + 5 * terms[2])
     assert (with_kl - without).item() == pytest.approx(expected.item(), rel=1e-12)
     assert sums["kl"] == pytest.approx(terms.sum().item(), rel=1e-12)
     assert sums["kl_max"] == pytest.approx(terms.max().item(), rel=1e-12)
-    assert sums["kl_k1"] == pytest.approx((current[:3] - reference[:3]).sum().item(), rel=1e-12)
+    assert sums["kl_k1"] == pytest.approx((current[1:] - reference[1:]).sum().item(), rel=1e-12)
 
 
 def test_a_reference_without_a_coefficient_is_measured_and_changes_nothing() -> None:

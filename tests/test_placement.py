@@ -372,6 +372,28 @@ def test_two_turns_come_one_after_the_other(host: EngineHost) -> None:
     second.result(SOON)
 
 
+@pytest.mark.parametrize("pauses", range(6))
+def test_a_turn_may_begin_in_the_moment_in_which_an_update_ends(pauses: int) -> None:
+    class Sleeper(FakeRollout):
+        capabilities = Capabilities(logprobs=True, weights=BIGRAM, sleep=True)
+
+        async def sleep(self) -> None:
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+
+    host = EngineHost(Sleeper(resolve_model("tiny")), "rollout-0")
+    host.start()
+    host.suspend()
+    second = in_thread(host.suspend)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), host._loop).result(SOON)
+
+    update = host._controlled(host._load(always(5, n=1), "boundary"))
+    asyncio.run_coroutine_threadsafe(update, host._loop).result(SOON)
+
+    second.result(SOON)
+    host.stop()
+
+
 def test_nobody_waits_for_a_turn_when_the_run_ends(host: EngineHost) -> None:
     host.suspend()
     waiting = [in_thread(host.suspend), in_thread(lambda: one_turn(host))]

@@ -61,7 +61,7 @@ class EngineHost:
         self._ending = False
         self._running = 0
         self._generating: set[asyncio.Task[Any]] = set()
-        self._control: asyncio.Future[Any] | None = None
+        self._controls: set[asyncio.Future[Any]] = set()
 
     def start(self) -> None:
         """Start the engine. Raises what the engine raises, or EngineError after `START_TIMEOUT`."""
@@ -183,9 +183,9 @@ class EngineHost:
     async def _shutdown(self) -> None:
         self._cancel_generating()
         await asyncio.gather(*self._generating, return_exceptions=True)
-        if self._control is not None:
+        if self._controls:
             # Whoever waited for it is gone (Ctrl-C); an engine is not stopped in the middle of an update.
-            await asyncio.wait([self._control], timeout=LOAD_TIMEOUT)
+            await asyncio.wait(self._controls, timeout=LOAD_TIMEOUT)
         await self.engine.stop()
 
     async def _end_turns(self) -> None:
@@ -199,13 +199,11 @@ class EngineHost:
             task.cancel()
 
     async def _controlled(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Remember a start or an update while it runs."""
-        self._control = asyncio.ensure_future(coroutine)
-        try:
-            return await asyncio.shield(self._control)
-        finally:
-            if self._control.done():
-                self._control = None
+        """Remember a start, an update or falling asleep while it runs; one may begin when another is about to end."""
+        control = asyncio.ensure_future(coroutine)
+        self._controls.add(control)
+        control.add_done_callback(self._controls.discard)
+        return await asyncio.shield(control)
 
     def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
