@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,7 +192,7 @@ class Stage:
     def __init__(self, folder: Path, engine: ScorerEngine, **options: Any) -> None:
         schema = Schema(stages(config()))
         self.ledger = folder / "ledger.sqlite"
-        self.store = Store(schema, terms(num_generations=4, train_batch_size=8), ledger=self.ledger)
+        self.store = Store.create(schema, terms(num_generations=4, train_batch_size=8), ledger=self.ledger)
         self.store.serve("engine", PolicyVersion(n=0))
         self.store.admit(prompts(2), timeout=0)
         lease = self.store.lease("rollout", worker="w", max_rows=8, ttl=60, timeout=0)
@@ -233,8 +233,16 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Callable[..., Stage]:
-    return lambda engine, **options: Stage(tmp_path, engine, **options)
+def stage(tmp_path: Path) -> Iterator[Callable[..., Stage]]:
+    made: list[Stage] = []
+
+    def make(engine: ScorerEngine, **options: Any) -> Stage:
+        made.append(Stage(tmp_path, engine, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.store.close()
 
 
 def test_a_sample_is_trained_when_it_has_both_its_reward_and_its_reference_log_probs(
