@@ -16,13 +16,14 @@ if TYPE_CHECKING:
         LearnerEngine,
         OptimStats,
         RolloutEngine,
+        ScorerEngine,
         Served,
         WeightSnapshot,
     )
     from asyncflow.errors import AsyncFlowError
     from asyncflow.launch import Run, resume, run
     from asyncflow.report.audit import audit
-    from asyncflow.types import Completion, PolicyVersion, Sampling, TrainSample
+    from asyncflow.types import Completion, PolicyVersion, Sampling, TokenSample, TrainSample
 
 __version__ = "0.1.0"
 
@@ -34,13 +35,14 @@ _HOMES = {
         "LearnerEngine",
         "OptimStats",
         "RolloutEngine",
+        "ScorerEngine",
         "Served",
         "WeightSnapshot",
     ),
     "asyncflow.errors": ("AsyncFlowError",),
     "asyncflow.launch": ("Run", "resume", "run"),
     "asyncflow.report.audit": ("audit",),
-    "asyncflow.types": ("Completion", "PolicyVersion", "Sampling", "TrainSample"),
+    "asyncflow.types": ("Completion", "PolicyVersion", "Sampling", "TokenSample", "TrainSample"),
 }
 
 __all__ = [
@@ -55,7 +57,9 @@ __all__ = [
     "RolloutEngine",
     "Run",
     "Sampling",
+    "ScorerEngine",
     "Served",
+    "TokenSample",
     "TrainSample",
     "WeightSnapshot",
     "audit",

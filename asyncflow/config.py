@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from asyncflow.errors import ConfigError
-from asyncflow.types import UpdateMode
+from asyncflow.types import KLEstimator, UpdateMode
 
 FOREIGN_NAMES: Mapping[str, str] = {
     "n_samples_per_prompt": "num_generations",
@@ -37,6 +37,14 @@ FOREIGN_NAMES: Mapping[str, str] = {
     "model_name_or_path": "model",
     "num_iterations": "epochs_per_step",
     "max_grad_norm": "grad_clip",
+    "beta": "kl_coef",
+    "init_kl_coef": "kl_coef",
+    "kl_loss_coef": "kl_coef",
+    "kl_ctl": "kl_coef",
+    "kl_loss_type": "kl_estimator",
+    "kl_penalty": "kl_estimator",
+    "ref_model": "reference.model",
+    "colocate": "placement",
 }
 """What other frameworks call our settings: used only to say the right name when one of these is met."""
 
@@ -116,6 +124,24 @@ class LearnerConfig(Section):
     """Passed to the engine as they are."""
 
 
+class ReferenceConfig(Section):
+    """The frozen policy that the KL term compares with; there is one only where `kl_coef` is not 0."""
+
+    engine: str | None = None
+    """Short name (`torch`, `fake`) or import path `package.module:Class`; None takes the one that reads the learner's
+    kind of weights."""
+    model: str | None = None
+    """Short name, local folder, or Hub id, with the tokenizer of `model`; None is `model`: the initial weights."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """In which it computes; None is the learner's, so that the KL of the initial policy is 0."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Prompt and response tokens of one forward pass; None is the learner's."""
+    cores: tuple[int, ...] | None = None
+    """CPU cores of the reference; None is the learner's."""
+    options: dict[str, Any] = {}
+    """Passed to the engine as they are."""
+
+
 class WeightsConfig(Section):
     """How new weights reach the rollout engine."""
 
@@ -181,6 +207,14 @@ class Config(Section):
     """PPO: … and above at 1 + clip_high."""
     importance_cap: float | None = Field(default=5.0, gt=0)
     """The behaviour ratio π_prox/μ of a token weighs its loss up to this value; None does not truncate."""
+    kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the reference policy; 0 has none, and no reference runs."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """`loss`: added to every token's loss. `reward`: its sum over the response is subtracted from the reward, so that
+    the advantage has it (then hardly any group has `zero_variance`)."""
+    kl_estimator: KLEstimator | None = None
+    """How KL is estimated from the tokens that were sampled (`asyncflow.algorithms.kl` has the formulas, and what each
+    is good for); None is k3 in the loss, as in GRPO, and k1 in the reward, as in RLHF with PPO."""
     zero_variance: Literal["skip", "keep", "refill"] = "skip"
     """Groups whose rewards are all equal: consumed without being computed, trained, or replaced."""
     max_refill: int | None = Field(default=None, ge=0)
@@ -205,8 +239,16 @@ class Config(Section):
     save_samples: bool = True
     """What every step trained and skipped is written to `samples/` in the run directory, in Parquet."""
 
+    placement: Literal["separated", "colocated"] = "separated"
+    """`separated`: engine and learner have their own cores or GPUs and work at the same time. `colocated`: they have
+    the same ones and take turns; the engine generates nothing while the learner trains."""
+    stream: bool = True
+    """The learner computes gradients of a group as soon as it is scored; false (and colocated) waits until all groups
+    of its step are there. With `max_staleness: 0` and false, generation and training alternate."""
+
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig = LearnerConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     attestation: AttestationConfig = AttestationConfig()
@@ -238,6 +280,22 @@ class Config(Section):
         if (self.eval_every or self.data.eval) and not self.data.eval_size:
             raise ValueError("evaluation needs data.eval_size: set how many problems it uses")
         return self
+
+    @model_validator(mode="after")
+    def _kl_has_a_gradient_where_it_needs_one(self) -> Self:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator k1 has no gradient on average, so it does nothing in the loss: use k2, k3 or k3+, "
+                "or kl_in: reward"
+            )
+        if self.kl_in == "reward" and self.kl_estimator == "k3+":
+            raise ValueError("kl_estimator k3+ is k3 with another gradient, and a reward has none: use k1, k2 or k3")
+        return self
+
+    @property
+    def kl(self) -> KLEstimator:
+        """The estimator of the KL term, filled in."""
+        return self.kl_estimator or ("k3" if self.kl_in == "loss" else "k1")
 
     @property
     def groups_per_step(self) -> int:

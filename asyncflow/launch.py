@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.config import Config, load_config, parse_config
-from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.errors import CheckpointError, ConfigError, RunFailed
 from asyncflow.placement import without_lost_cores
 from asyncflow.plan import Plan, plan
@@ -50,21 +50,22 @@ def run(
     overrides: Sequence[str] = (),
     rollout: RolloutEngine | None = None,
     learner: LearnerEngine | None = None,
+    reference: ScorerEngine | None = None,
     reward: Callable[..., Any] | None = None,
 ) -> Run:
     """Train, and return when the last step is made.
 
-    `config` is a YAML file, its values, or a `Config`; `overrides` are `a.b=value`. `rollout`, `learner` and `reward`
-    take the place of what the configuration names. Raises UserError before anything starts, and RunFailed when the run
-    fails; KeyboardInterrupt stops it in order and returns what there is. vLLM starts processes that import the main
-    module again, so a script calls this under `if __name__ == "__main__":`.
+    `config` is a YAML file, its values, or a `Config`; `overrides` are `a.b=value`. `rollout`, `learner`, `reference`
+    and `reward` take the place of what the configuration names. Raises UserError before anything starts, and RunFailed
+    when the run fails; KeyboardInterrupt stops it in order and returns what there is. vLLM starts processes that import
+    the main module again, so a script calls this under `if __name__ == "__main__":`.
 
     Example::
 
         run = asyncflow.run("configs/tiny.yaml", reward=lambda completions, **_: [float(len(c)) for c in completions])
         print(run.summary.outcome, run.report)
     """
-    ready = plan(resolve(config, overrides), rollout=rollout, learner=learner, reward=reward)
+    ready = plan(resolve(config, overrides), rollout=rollout, learner=learner, reference=reference, reward=reward)
     return _raise_if_failed(launch(ready, listeners=(_log_alarm,)))
 
 

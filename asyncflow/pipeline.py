@@ -2,7 +2,7 @@
 
      prompts ─► Feeder ─► ┌──────────── Store ────────────┐
                           │  who is ready, who may have   │
-     EngineHost ◄─────────┤  it, how old is it            ├─────────► RewardWorker
+     EngineHost ◄─────────┤  it, how old is it            ├─────────► RewardWorker, ReferenceWorker
        ▲  RolloutWorker ─►│                               │◄───────── (columns appended)
        │                  └───────────────┬───────────────┘
        │                                  ▼  whole groups, in admission order
@@ -14,10 +14,14 @@ Nobody calls the next one. What each one consumes, produces, waits for, and who 
     Feeder          the prompt stream    groups of prompts        room under the bound          a commit or an update
     RolloutWorker   prompts              completions, one by one  a free place in the engine    a sequence ends
     RewardWorker    completions          rewards                  completions                   a sequence ends
+    ReferenceWorker completions          reference log-probs      completions                   a sequence ends
     ActorUpdate     whole scored groups  policy versions          the groups of its step        a reward arrives
     WeightFollower  policy versions      what the engine serves   a publication                 a step ends
     Evaluator       served versions      accuracy                 a version to evaluate         an update
     Watchdog        what is under way    alarms                   something that takes too long nobody
+
+There is a ReferenceWorker only where there is a KL term (`kl_coef`). With `placement: colocated` the learner also waits
+until the engine has finished what it generates, and the engine for the weights that the learner then makes.
 
 The graph is not written down anywhere: a stage gets a sample as soon as the columns that it needs are there. Another
 scoring stage is one entry in `stages`, its columns in `store.schema`, and one worker in `Pipeline`.
@@ -26,10 +30,12 @@ scoring stage is one entry in `stages`, its columns in `store.schema`, and one w
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+from asyncflow.config import Config
 from asyncflow.data import PromptStream, tokenise
-from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.plan import Plan
 from asyncflow.rundir import DATA, LEDGER
@@ -43,6 +49,7 @@ from asyncflow.workers.attestation import Attestation, FreshSamples
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
 from asyncflow.workers.feeder import Feeder
+from asyncflow.workers.reference import ReferenceWorker
 from asyncflow.workers.reward import RewardWorker
 from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
 from asyncflow.workers.watchdog import Watchdog
@@ -62,12 +69,14 @@ class Pipeline:
         *,
         rollout: RolloutEngine,
         learner: LearnerEngine,
+        reference: ScorerEngine | None,
         recorder: Recorder,
         after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
     ) -> None:
         config = plan.config
-        schema = Schema(stages())
+        schema = Schema(stages(config))
+        takes_turns = config.placement == "colocated"
         self.store = store
         self.heartbeat = Heartbeat(store)
 
@@ -101,6 +110,21 @@ class Pipeline:
             schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward, alarms=alarms
         )
 
+        # A frozen policy says how likely their tokens were before any training, where there is a KL term.
+        self.scorer = reference
+        self.reference = None
+        if reference is not None:
+            self.reference = ReferenceWorker(
+                schema.stages["reference"],
+                self.store,
+                self.heartbeat,
+                engine=reference,
+                max_rows=config.train_batch_size,
+                max_tokens=config.reference.micro_batch_tokens,
+                cores=config.reference.cores,
+                turn=self.host.turn_when_idle if takes_turns else nullcontext,
+            )
+
         # The learner trains them and publishes new weights.
         self.channel = WeightChannel(keep=config.weights.keep)
         self.engine = learner
@@ -116,6 +140,7 @@ class Pipeline:
             generated_tokens=lambda: self.rollout.generated_tokens,
             after_step=after_step,
             on_done=on_done,
+            take_turn=self.host.suspend if takes_turns else None,
         )
         self.learner.version = store.table.learner
 
@@ -165,6 +190,7 @@ class Pipeline:
             self.feeder,
             self.rollout,
             self.reward,
+            *((self.reference,) if self.reference is not None else ()),
             self.learner,
             self.weights,
             self.evaluator,
@@ -172,8 +198,10 @@ class Pipeline:
         )
 
 
-def stages() -> tuple[Stage, ...]:
+def stages(config: Config) -> tuple[Stage, ...]:
     """The stages of a run, in data order: what each needs and writes is all that the store has to know."""
+    reference = Stage(name="reference", role="score", needs=("prompt_ids", "response_ids"), writes=("ref_logprobs",))
+    scored = ("reward", *(reference.writes if config.kl_coef else ()))
     return (
         Stage(
             name="rollout",
@@ -187,10 +215,11 @@ def stages() -> tuple[Stage, ...]:
             needs=("prompt", "prompt_columns", "response", "response_ids"),
             writes=("reward", "reward_parts"),
         ),
+        *((reference,) if config.kl_coef else ()),
         Stage(
             name="actor_update",
             role="train",
-            needs=("prompt_ids", "response_ids", "rollout_logprobs", "token_versions", "finish_reason", "reward"),
+            needs=("prompt_ids", "response_ids", "rollout_logprobs", "token_versions", "finish_reason", *scored),
         ),
     )
 
@@ -208,7 +237,7 @@ def open_store(plan: Plan, run_dir: Path) -> Store:
         resumable=bool(config.checkpoint.every),
     )
     data = run_dir / DATA if terms.resumable else None
-    return Store.create(Schema(stages()), terms, ledger=run_dir / LEDGER, data=data)
+    return Store.create(Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data)
 
 
 def reopen_store(plan: Plan, run_dir: Path, step: int) -> Store:
@@ -217,6 +246,6 @@ def reopen_store(plan: Plan, run_dir: Path, step: int) -> Store:
     Raises LedgerError, IllegalTransition.
     """
     config = plan.config
-    store = Store.reopen(Schema(stages()), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
+    store = Store.reopen(Schema(stages(config)), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
     store.amend(max_staleness=config.max_staleness, last_version=config.steps)
     return store

@@ -1,13 +1,15 @@
-"""Which CPU cores the engine and the learner have.
+"""Which CPU cores the engine, the learner and the reference have.
 
 OpenMP threads of two processes that share a core wait for each other at every barrier: beside an unpinned learner, vLLM
-on the CPU keeps less than a third of its speed. So on a machine without GPU each side gets cores of its own.
+on the CPU keeps less than a third of its speed. So on a machine without GPU each side gets cores of its own, or, when
+`placement` is colocated, all sides get all cores and take turns. The reference is beside the learner unless it is given
+cores of its own: both are threads of one process, and what it computes would otherwise be computed by the learner.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,25 +23,50 @@ def has_gpu() -> bool:
 
 
 def resolve_cores(config: Config) -> Config:
-    """The configuration with the cores of both sides filled in, where there is something to divide.
+    """The configuration with the cores of all sides filled in, where there is something to divide.
 
-    Raises ConfigError for cores that this process may not use.
+    Raises ConfigError for cores that this process may not use, and for colocated sides that differ.
     """
     available = sorted(os.sched_getaffinity(0))
-    for side, cores in (("rollout", config.rollout.cores), ("learner", config.learner.cores)):
+    given = {side: getattr(config, side).cores for side in ("rollout", "learner", "reference")}
+    for side, cores in given.items():
         if cores is not None and (unknown := set(cores) - set(available)):
             raise ConfigError(f"{side}.cores: there is no core {min(unknown)}; this process may use {available}")
+    if config.placement == "colocated":
+        return _colocated(config, [cores for cores in given.values() if cores is not None], tuple(available))
     if has_gpu() or len(available) < 2:
         return config
     half = len(available) // 2
-    learner = config.learner.cores or tuple(c for c in available[:half] if c not in (config.rollout.cores or ()))
-    rollout = config.rollout.cores or tuple(c for c in available if c not in learner)
+    beside = set(config.reference.cores or ()) if config.kl_coef else set()
+    learner = config.learner.cores or tuple(
+        c for c in available[:half] if c not in (config.rollout.cores or ()) and c not in beside
+    )
+    rollout = config.rollout.cores or tuple(c for c in available if c not in learner and c not in beside)
     if not learner or not rollout:
-        raise ConfigError("rollout.cores and learner.cores leave nothing for the other side: give each at least one")
+        sides = "rollout.cores, learner.cores and reference.cores" if beside else "rollout.cores and learner.cores"
+        raise ConfigError(f"{sides} leave nothing for the other side: give each at least one")
+    return _with_cores(config, rollout=rollout, learner=learner)
+
+
+def _colocated(config: Config, given: Sequence[tuple[int, ...]], available: tuple[int, ...]) -> Config:
+    """All sides on the same cores: those that are given, else all; on a GPU, the cores are nobody's."""
+    if any(set(cores) != set(given[0]) for cores in given):
+        raise ConfigError(
+            "placement colocated has engine, learner and reference on the same cores: give one of rollout.cores, "
+            "learner.cores and reference.cores, or none, which is all cores"
+        )
+    if not given and has_gpu():
+        return config
+    cores = given[0] if given else available
+    return _with_cores(config, rollout=cores, learner=cores)
+
+
+def _with_cores(config: Config, *, rollout: tuple[int, ...], learner: tuple[int, ...]) -> Config:
     return config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"cores": rollout}),
             "learner": config.learner.model_copy(update={"cores": learner}),
+            "reference": config.reference.model_copy(update={"cores": config.reference.cores or learner}),
         }
     )
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from asyncflow.config import Config, RewardConfig
 from asyncflow.data import Problems, Tokenizer, check_lengths, load_problems, tokenise
-from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.engines.models import ModelInfo, describe_model, load_tokenizer, resolve_model
-from asyncflow.engines.registry import learner_class, rollout_class
+from asyncflow.engines.registry import SCORER_OF_WEIGHTS, learner_class, rollout_class, scorer_class
 from asyncflow.errors import ConfigError
 from asyncflow.placement import resolve_cores
 from asyncflow.rewards import Reward, load_reward
@@ -46,6 +46,9 @@ class Plan:
     """The rollout engine is deterministic."""
     make_rollout: Callable[[], RolloutEngine]
     make_learner: Callable[[], LearnerEngine]
+    make_reference: Callable[[], ScorerEngine] | None = None
+    """None without a KL term."""
+    reference_info: ModelInfo | None = None
 
 
 def plan(
@@ -53,6 +56,7 @@ def plan(
     *,
     rollout: RolloutEngine | None = None,
     learner: LearnerEngine | None = None,
+    reference: ScorerEngine | None = None,
     reward: Callable[..., Any] | None = None,
 ) -> Plan:
     """Resolve and check a configuration. Engines and a reward function made in Python take the named ones' place.
@@ -64,6 +68,7 @@ def plan(
     learner_type = type(learner) if learner is not None else learner_class(config.learner.engine)
     _check_engines(config, rollout_type, learner_type)
     config = _with_checkpoints(config, learner_type)
+    config = _with_reference(config, reference, learner_type)
     # What is recorded is what runs, wherever it came from.
     if rollout is not None:
         config = _with(config, "rollout", engine=_import_path(rollout_type))
@@ -83,6 +88,7 @@ def plan(
     for prompts in (problems.train, problems.eval):
         if prompts:
             tokenise(prompts[0], tokenizer)  # a chat prompt needs a chat template
+    reference_model = _reference_model(config, model)
     limit = config.rollout.max_model_len - config.max_new_tokens
     check_lengths(islice(problems.train, CHECKED_PROMPTS), tokenizer, limit=limit)
     check_lengths(problems.eval, tokenizer, limit=limit)
@@ -96,6 +102,8 @@ def plan(
         repeatable=rollout_type.capabilities.deterministic,
         make_rollout=lambda: rollout if rollout is not None else rollout_type.from_config(config, model),
         make_learner=lambda: learner if learner is not None else learner_type.from_config(config, model),
+        make_reference=_reference_maker(config, reference, reference_model),
+        reference_info=describe_model(reference_model) if config.kl_coef else None,
     )
 
 
@@ -121,6 +129,69 @@ def _check_engines(config: Config, rollout: type[RolloutEngine], learner: type[L
             f"deterministic with max_staleness 0 promises a repeatable run, and {rollout.__name__} is not "
             f"deterministic: set rollout.engine to one that is, or deterministic to false"
         )
+
+    if config.placement == "colocated" and config.weights.update == "in_flight":
+        raise ConfigError(
+            "placement colocated finishes what runs before the learner trains, so no weights ever come in flight: "
+            "set weights.update to boundary, or placement to separated"
+        )
+
+
+def _with_reference(config: Config, reference: ScorerEngine | None, learner: type[LearnerEngine]) -> Config:
+    """What the reference does not say, it has from the learner."""
+    asked = config.reference
+    if not config.kl_coef:
+        if reference is not None or asked.model is not None:
+            raise ConfigError("a reference policy is given and kl_coef is 0: set kl_coef, or leave the reference out")
+        return config
+    engine = asked.engine or SCORER_OF_WEIGHTS.get(learner.weights)
+    if reference is not None:
+        engine = _import_path(type(reference))
+    if engine is None:
+        raise ConfigError(f"no scorer of ours reads {learner.weights} weights: name one in reference.engine")
+    found = type(reference) if reference is not None else scorer_class(engine)
+    if found.weights != learner.weights:
+        raise ConfigError(
+            f"{found.__name__} reads {found.weights} weights and {learner.__name__} trains {learner.weights} weights: "
+            f"choose reference.engine and learner.engine of one kind"
+        )
+    return _with(
+        config,
+        "reference",
+        engine=engine,
+        dtype=asked.dtype or config.learner.dtype,
+        micro_batch_tokens=asked.micro_batch_tokens or config.learner.micro_batch_tokens,
+    )
+
+
+def _reference_maker(config: Config, reference: ScorerEngine | None, model: Path) -> Callable[[], ScorerEngine] | None:
+    if not config.kl_coef:
+        return None
+    if reference is not None:
+        return lambda: reference
+    assert config.reference.engine is not None
+    found = scorer_class(config.reference.engine)
+    return lambda: found.from_config(config, model)
+
+
+def _reference_model(config: Config, model: Path) -> Path:
+    """Where the reference's weights are. Raises ModelError, or ConfigError where it cannot score the model's tokens."""
+    name = config.reference.model
+    if name is None or not config.kl_coef:
+        return model
+    assert config.rollout.max_model_len is not None
+    found = resolve_model(name)
+    if load_tokenizer(found).get_vocab() != load_tokenizer(model).get_vocab():
+        raise ConfigError(
+            f"reference.model {name} has another vocabulary than {config.model}, so it cannot score its tokens: "
+            "name a model with the same tokenizer"
+        )
+    if (context := describe_model(found).context) < config.rollout.max_model_len:
+        raise ConfigError(
+            f"reference.model {name} reads {context} tokens, and a sequence may have {config.rollout.max_model_len}: "
+            "lower rollout.max_model_len"
+        )
+    return found
 
 
 def _with_checkpoints(config: Config, learner: type[LearnerEngine]) -> Config:
@@ -167,15 +238,20 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     batch, bound = config.train_batch_size, config.max_staleness
     ahead = (bound + 1) * batch
     held_out = f", {len(plan.problems.eval)} held out by content" if plan.problems.eval else ""
-    sides = (("rollout", config.rollout.engine, config.rollout.cores, config.rollout.dtype),
-             ("learner", config.learner.engine, config.learner.cores, config.learner.dtype))  # fmt: skip
-    placement = "; ".join(
+    sides = [("rollout", config.rollout.engine, config.rollout.cores, config.rollout.dtype),
+             ("learner", config.learner.engine, config.learner.cores, config.learner.dtype)]  # fmt: skip
+    if plan.reference_info is not None:
+        assert config.reference.engine is not None
+        assert config.reference.dtype is not None
+        sides.append(("reference", config.reference.engine, config.reference.cores, config.reference.dtype))
+    placement = f"{config.placement}, {PLACEMENT_MEANING[config.placement]}: " + "; ".join(
         f"{name} {engine} ({dtype}) on {'all cores' if cores is None else 'core ' + ', '.join(map(str, cores))}"
         for name, engine, cores, dtype in sides
     )
     bytes_served = info.parameters * (2 if config.rollout.dtype == "bf16" else 4)
     learner_bytes = info.parameters * 16 + (info.parameters * 2 if config.learner.dtype == "bf16" else 0)
     updates = config.updates_per_step * config.epochs_per_step
+    begins = "as its groups come" if _streams(config) else "once all of its samples are there"
     return [
         ("model", f"{config.model}: {info.parameters / 1e6:.1f} M parameters, vocabulary {info.vocab:,}"),
         ("data", f"{config.data.train}: {len(plan.problems.train):,} problems{held_out}"),
@@ -184,13 +260,15 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         (
             "memory",
             f"learner about {_gib(learner_bytes)} (fp32 master weights, gradient, two moments), engine weights "
-            f"{_gib(bytes_served)}, published versions {_gib((config.weights.keep + 1) * bytes_served)} shared",
+            f"{_gib(bytes_served)}, published versions {_gib((config.weights.keep + 1) * bytes_served)} shared"
+            + _reference_memory(plan),
         ),
+        *_kl_meaning(plan),
         (
             "step",
             f"{batch} samples = {config.groups_per_step} prompts × {config.num_generations} completions of at most "
             f"{config.max_new_tokens} tokens; {updates} optimizer update{'s' if updates > 1 else ''}, "
-            f"1 published version",
+            f"1 published version; it is trained {begins}",
         ),
         ("run", f"{config.steps} steps = {config.steps * batch:,} samples"),
         (
@@ -203,6 +281,31 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("checkpoints", _checkpoints(config, info.parameters)),
     ]
 
+
+def _streams(config: Config) -> bool:
+    one_update = config.updates_per_step == config.epochs_per_step == 1
+    return one_update and config.stream and not config.deterministic and config.placement == "separated"
+
+
+def _reference_memory(plan: Plan) -> str:
+    if plan.reference_info is None:
+        return ""
+    size = plan.reference_info.parameters * (2 if plan.config.reference.dtype == "bf16" else 4)
+    return f", reference weights {_gib(size)}"
+
+
+def _kl_meaning(plan: Plan) -> list[tuple[str, str]]:
+    config = plan.config
+    if plan.reference_info is None:
+        return []
+    compared = config.reference.model or "the initial weights"
+    return [("kl", f"{config.kl_coef:g} · {config.kl} in the {config.kl_in}, from {compared}")]
+
+
+PLACEMENT_MEANING = {
+    "separated": "at the same time",
+    "colocated": "taking turns (the engine generates nothing while the learner trains)",
+}
 
 UPDATE_MEANING = {
     "boundary": "the engine finishes what runs, then takes new weights",

@@ -25,6 +25,7 @@ Bools = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length"]
 UpdateMode = Literal["boundary", "in_flight"]
+KLEstimator = Literal["k1", "k2", "k3", "k3+"]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -97,8 +98,8 @@ class Completion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSample:
-    """One sample as the learner engine sees it. P prompt tokens, R response tokens."""
+class TokenSample:
+    """One sample whose response tokens are to get log-probs. P prompt tokens, R response tokens."""
 
     sample_id: int
     group_id: int
@@ -107,6 +108,16 @@ class TrainSample:
     """(P,)"""
     response_ids: Int32s
     """(R,)"""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSample(TokenSample):
+    """One sample as the learner engine sees it. P prompt tokens, R response tokens."""
+
     mask: Bools
     """(R,) True where the token takes part in the loss."""
     behaviour_logprobs: Floats
@@ -115,10 +126,8 @@ class TrainSample:
     """(R,) advantage of each response token."""
     proximal_logprobs: Floats | None = None
     """(R,) log π_prox, or None when the step makes one update only, where it equals the current policy's."""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+    reference_logprobs: Floats | None = None
+    """(R,) log π_ref, or None without a KL term."""
 
 
 class Recorder(Protocol):

@@ -19,11 +19,10 @@ RunTiny = Callable[..., Run]
 
 @pytest.fixture
 def run_tiny(tmp_path: Path) -> RunTiny:
-    """Runs configs/tiny.yaml with changes, in a directory of its own."""
+    """Runs configs/tiny.yaml with changes, and engines and rewards that are given, in a directory of its own."""
 
-    def run(*overrides: str, rollout: Any = None, learner: Any = None, reward: Any = None) -> Run:
-        run_dir = tmp_path / "run"
-        ready = plan(resolve(TINY, [*overrides, f"run_dir={run_dir}"]), rollout=rollout, learner=learner, reward=reward)
-        return launch(ready)
+    def run(*overrides: str, name: str = "run", **given: Any) -> Run:
+        run_dir = tmp_path / name
+        return launch(plan(resolve(TINY, [*overrides, f"run_dir={run_dir}"]), **given))
 
     return run

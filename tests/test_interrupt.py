@@ -63,6 +63,7 @@ def weight_folders(process: subprocess.Popen[str]) -> set[Path]:
     "engines",
     [
         pytest.param((), id="fake"),
+        pytest.param(("placement=colocated", "kl_coef=0.1"), id="colocated"),
         pytest.param(("rollout.engine=vllm", "learner.engine=torch"), id="vllm", marks=pytest.mark.vllm),
     ],
 )

@@ -33,7 +33,7 @@ SCHEMA = Schema(
     (
         Stage(name="rollout", role="generate", needs=PROMPT_COLUMNS, writes=RESPONSE),
         Stage(name="reward", role="score", needs=("response", "prompt_columns"), writes=("reward", "reward_parts")),
-        Stage(name="train", role="train", needs=tuple(COLUMNS)),
+        Stage(name="train", role="train", needs=(*PROMPT_COLUMNS, *RESPONSE, "reward", "reward_parts")),
     )
 )
 SOON = 20.0
@@ -167,7 +167,9 @@ def test_every_column_comes_back_as_it_was_put(bench: Bench) -> None:
     for name in PROMPT_COLUMNS:
         expected[name] = [expected[name][group] for group in (0, 0, 1, 1)]
     assert data == expected
-    assert {name: train.data.schema.field(name).type for name in train.data.schema.names} == COLUMNS
+    assert {name: train.data.schema.field(name).type for name in train.data.schema.names} == {
+        name: COLUMNS[name] for name in SCHEMA.train.needs
+    }
 
 
 def test_a_lease_brings_the_columns_of_its_stage_and_no_others(bench: Bench) -> None:

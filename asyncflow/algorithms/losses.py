@@ -3,8 +3,7 @@
 μ is the behaviour policy (the engine that sampled), π_prox the learner's policy before the step's first update, π_θ the
 one that is trained. All are given as log-probabilities of the tokens that were sampled.
 
-Left out, and why: a KL penalty to a reference model (it needs a second model; with verifiable rewards most recipes
-train without), an entropy bonus (clipping higher above than below does the same with a knob that exists), dual
+Left out, and why: an entropy bonus (clipping higher above than below does the same with a knob that exists), dual
 clipping (the behaviour ratio is capped already), sequence-level ratios, and division by each sequence's length (it
 favours short correct and long wrong answers: Dr. GRPO, arXiv:2503.20783, §3.1).
 """
@@ -13,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from asyncflow.algorithms.kl import ESTIMATORS, k1, k3
+from asyncflow.types import KLEstimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +33,16 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     importance_cap: float | None = None,
+    reference_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
 ) -> tuple[Tensor, dict[str, float]]:
     """Decoupled PPO with a truncated behaviour ratio, summed over the tokens of the mask.
 
     With r = π_θ/π_prox and ρ = sg(π_prox/μ), both per token, and ρ̄ = min(ρ, importance_cap)::
 
         J    = ρ̄ · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A)
-        loss = −Σ J
+        loss = −Σ J + kl_coef · Σ sg(min(π_θ/μ, importance_cap)) · KL(π_θ, π_ref)
 
     PPO's clipped objective is that of arXiv:1707.06347, eq. 7; its separation from the behaviour policy is Hilton et
     al., arXiv:2110.00641, in the asynchronous setting AReaL, arXiv:2505.24298, §5.2; clip_high ≠ clip_low is DAPO's
@@ -46,7 +51,8 @@ def policy_loss(
     `logprobs` (T,) are log π_θ and carry the gradient; `behaviour_logprobs` (T,) are log μ; `proximal_logprobs` (T,)
     are log π_prox, and None stands for π_prox = sg(π_θ), the case of one update per step, where r is 1 and only its
     gradient counts. `advantages` (T,); `mask` (T,) bool. `importance_cap` None does not truncate. What is outside the
-    mask takes no part, whatever it holds.
+    mask takes no part, whatever it holds. `reference_logprobs` (T,) are log π_ref, and None is a loss without a KL
+    term; the estimators are those of `asyncflow.algorithms.kl`.
 
     The sum is not divided: the caller divides the gradient of a whole step by the number of tokens that the step
     trains (DAPO's token-level mean, arXiv:2503.14476, §3.3, eq. 12). The result then does not depend on how a step is
@@ -62,6 +68,7 @@ def policy_loss(
       clip leaves them no gradient)
     - `logprob_diff`: Σ |log π_prox − log μ|
     - `mismatch_kl`: Σ ρ − 1 − log ρ, Schulman's estimator k3 of KL(μ‖π_prox) (joschu.net/blog/kl-approx.html)
+    - with a reference, `kl`, `kl_max`: k3 of KL(π_θ‖π_ref), not weighted; `kl_k1`: k1 of it
     """
     import torch
 
@@ -76,6 +83,12 @@ def policy_loss(
     weight = behaviour_ratio if importance_cap is None else behaviour_ratio.clamp(max=importance_cap)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(weight * torch.minimum(ratio * advantages, clipped * advantages)).sum()
+    reference = None if reference_logprobs is None else reference_logprobs[mask]
+    if reference is not None and kl_coef:
+        importance = (current - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        if importance_cap is not None:
+            importance = importance.clamp(max=importance_cap)
+        loss = loss + kl_coef * (importance * ESTIMATORS[kl_estimator](logprobs, reference)).sum()
 
     with torch.no_grad():
         r, rho = ratio.double(), behaviour_ratio.double()
@@ -96,6 +109,13 @@ def policy_loss(
             "logprob_diff": (proximal - behaviour).double().abs().sum(),
             "mismatch_kl": (log_behaviour_ratio.double().expm1() - log_behaviour_ratio.double()).sum(),
         }
+        if reference is not None:
+            divergence = k3(current.double(), reference.double())
+            sums |= {
+                "kl": divergence.sum(),
+                "kl_max": torch.cat([divergence, nothing]).max(),
+                "kl_k1": k1(current.double(), reference.double()).sum(),
+            }
         # One transfer for all of them.
         values: list[float] = torch.stack(list(sums.values())).tolist()
     return loss, dict(zip(sums, values, strict=True))
@@ -126,11 +146,13 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
     - `ess`: effective sample size of the behaviour ratio as a share of the tokens, (Σρ)² / (N·Σρ²) = 1/mean(w̃²) with
       w̃ = ρ/mean(ρ); 1 is on-policy (Kong 1992)
     - `mismatch_kl` (nats): KL(μ‖π_prox); `mismatch_logprob`: mean |log π_prox − log μ|
+    - with a reference, `kl` (nats): k3 of KL(π_θ‖π_ref), TRL's metric; `kl/max`: the largest of a token; `kl/k1`: the
+      same divergence by k1, noisier and of either sign. Means over the tokens as they were sampled, not weighted
     """
     tokens = sums.get("tokens", 0.0)
     if not tokens:
         return {}
-    return {
+    metrics = {
         "loss": sums["loss"] / tokens,
         "entropy": sums["entropy"] / tokens,
         "ratio/behaviour_mean": sums["behaviour_ratio"] / tokens,
@@ -145,3 +167,6 @@ def summarise(sums: Mapping[str, float]) -> dict[str, float]:
         "mismatch_kl": sums["mismatch_kl"] / tokens,
         "mismatch_logprob": sums["logprob_diff"] / tokens,
     }
+    if "kl" in sums:
+        metrics |= {"kl": sums["kl"] / tokens, "kl/max": sums["kl_max"], "kl/k1": sums["kl_k1"] / tokens}
+    return metrics

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncflow.types import Int32s, TrainSample
+from asyncflow.types import Int32s, TokenSample
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class _Unit:
 
 
 def pack(
-    samples: Sequence[TrainSample],
+    samples: Sequence[TokenSample],
     *,
     pass_tokens: int,
     share_prompts: bool,
@@ -80,7 +80,7 @@ def pack(
     return [_lay_out(samples, part, device) for part in _split(rows, pass_tokens)]
 
 
-def _units(samples: Sequence[TrainSample], share: bool, parity: float) -> Iterable[_Unit]:
+def _units(samples: Sequence[TokenSample], share: bool, parity: float) -> Iterable[_Unit]:
     groups: dict[object, list[int]] = {}
     for i, sample in enumerate(samples):
         if not len(sample.prompt_ids):
@@ -139,7 +139,7 @@ def _is_plain(row: list[_Unit]) -> bool:
     return len(row) == 1 and len(row[0].samples) == 1
 
 
-def _lay_out(samples: Sequence[TrainSample], rows: Sequence[list[_Unit]], device: torch.device | str) -> Packed:
+def _lay_out(samples: Sequence[TokenSample], rows: Sequence[list[_Unit]], device: torch.device | str) -> Packed:
     import torch
 
     count, width = len(rows), max(sum(unit.length for unit in row) for row in rows)

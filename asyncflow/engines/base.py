@@ -1,8 +1,8 @@
 """What an engine has to offer to take part: the protocols, and what an engine may declare about itself.
 
 An adapter is a subclass in one file. A rollout engine needs four methods (`start`, `generate`, `load_weights`, `stop`),
-a learner engine six. What an engine cannot do it does not declare, and `asyncflow.plan` refuses configurations that
-would need it.
+a learner engine six, a scorer engine two. What an engine cannot do it does not declare, and `asyncflow.plan` refuses
+configurations that would need it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from asyncflow.config import Config
-from asyncflow.types import Completion, Floats, Int32s, PolicyVersion, Sampling, TrainSample, UpdateMode
+from asyncflow.types import Completion, Floats, Int32s, PolicyVersion, Sampling, TokenSample, TrainSample, UpdateMode
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ class Capabilities:
     """Kind of weights it serves: names and shapes as Transformers has them, unless it says otherwise."""
     deterministic: bool = False
     """The same request, seed and weights give the same tokens, whatever else runs beside it."""
+    sleep: bool = False
+    """Can give memory back while it generates nothing (`sleep`, `wake`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,16 @@ class RolloutEngine(ABC):
         which the engine must not be used.
         """
 
+    async def sleep(self) -> None:  # noqa: B027
+        """Give back the memory that a learner on the same device can use, the KV cache for one.
+
+        Called when nothing is being generated, and by nobody unless `Capabilities.sleep` is declared. Between this and
+        `wake` only `wake` and `stop` are called.
+        """
+
+    async def wake(self) -> None:  # noqa: B027
+        """Take back what `sleep` gave. The weights are those from before, or are about to be loaded."""
+
     @abstractmethod
     async def stop(self) -> None:
         """Release everything, processes included. May be called twice, and before `start`."""
@@ -161,6 +173,12 @@ class LearnerEngine(ABC):
         """
         return None
 
+    def rest(self) -> None:  # noqa: B027
+        """Give back the memory that is of use only while computing; called before an engine on the same device wakes.
+
+        Weights, gradient and optimizer state stay.
+        """
+
     @abstractmethod
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, in the dtype that engines serve, tied weights once."""
@@ -179,6 +197,30 @@ class LearnerEngine(ABC):
     def load_state(self, folder: Path) -> None:
         """Go on as if the engine that wrote this folder had never ended. Raises CheckpointError if it does not fit."""
         raise NotImplementedError(f"{type(self).__name__} declares resumable, and so must define load_state")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. May be called twice."""
+
+
+class ScorerEngine(ABC):
+    """A policy with fixed weights that says how likely given responses are. Never called from two threads at once."""
+
+    weights: ClassVar[str] = "huggingface"
+    """Kind of weights that it reads; a reference reads the kind that the learner does."""
+
+    @classmethod
+    def from_config(cls, config: Config, model: Path) -> Self:  # noqa: ARG003
+        """How an engine that is named in the configuration is made. `model` is a local Hugging Face folder."""
+        return cls(**config.reference.options)
+
+    @abstractmethod
+    def logprobs(self, samples: Sequence[TokenSample]) -> list[Floats]:
+        """log π of the response tokens, temperature applied: one (R,) float32 array a sample, in their order.
+
+        Depends on nothing but the samples. Raises EngineError when the engine cannot go on; anything else that it
+        raises is the samples' fault.
+        """
 
     @abstractmethod
     def close(self) -> None:

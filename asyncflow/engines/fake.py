@@ -26,12 +26,13 @@ from asyncflow.config import Config
 from asyncflow.engines.base import Capabilities, GenerationRequest, RolloutEngine, Served, WeightSnapshot
 from asyncflow.engines.models import describe_model, load_tokenizer
 from asyncflow.engines.torch_learner import DTYPES, Dtype, Policy, TorchLearner
+from asyncflow.engines.torch_scorer import TorchScorer
 from asyncflow.engines.weights.channel import weights_digest
 from asyncflow.errors import ConfigError, EngineError, ModelError, PromptTooLong, WeightsError
 from asyncflow.types import Completion, FinishReason, PolicyVersion, UpdateMode
 
 BIGRAM = "bigram"
-"""Kind of weights of both fakes."""
+"""Kind of weights of all fakes."""
 TABLE = "bigram.weight"
 """Name of their one tensor, (V, V): logits of the next token (column) given the last one (row)."""
 MAX_VOCABULARY = 4096
@@ -44,7 +45,7 @@ Sleep = Callable[[float], Awaitable[object]]
 
 
 def load_table(model: Path) -> Tensor:
-    """(V, V) fp32: the table that a `FakeLearner` saved in this folder, or else the one with which both fakes begin.
+    """(V, V) fp32: the table that a `FakeLearner` saved in this folder, or else the one with which all fakes begin.
 
     Raises ModelError when the vocabulary is too large for a table.
     """
@@ -103,6 +104,16 @@ class BigramPolicy:
 
 class FakeLearner(TorchLearner):
     """`TorchLearner` on a bigram: the same losses, accumulation and optimizer, in milliseconds."""
+
+    weights: ClassVar[str] = BIGRAM
+
+    @classmethod
+    def load_policy(cls, model: Path) -> Policy:
+        return BigramPolicy(model)
+
+
+class FakeScorer(TorchScorer):
+    """`TorchScorer` on a bigram: exact log-probs, in milliseconds."""
 
     weights: ClassVar[str] = BIGRAM
 

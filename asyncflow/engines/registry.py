@@ -8,7 +8,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import TypeVar
 
-from asyncflow.engines.base import LearnerEngine, RolloutEngine
+from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.errors import ConfigError
 from asyncflow.user_code import look_in_current_folder
 
@@ -20,10 +20,16 @@ LEARNER_ENGINES: Mapping[str, str] = {
     "torch": "asyncflow.engines.torch_learner:TorchLearner",
     "fake": "asyncflow.engines.fake:FakeLearner",
 }
+SCORER_ENGINES: Mapping[str, str] = {
+    "torch": "asyncflow.engines.torch_scorer:TorchScorer",
+    "fake": "asyncflow.engines.fake:FakeScorer",
+}
+SCORER_OF_WEIGHTS: Mapping[str, str] = {"huggingface": "torch", "bigram": "fake"}
+"""Kind of weights → the scorer that reads them, where none is named."""
 ENTRY_POINTS = "asyncflow.engines"
-"""Entry point group in which other packages offer engines of either kind."""
+"""Entry point group in which other packages offer engines of any kind."""
 
-Engine = TypeVar("Engine", bound=RolloutEngine | LearnerEngine)
+Engine = TypeVar("Engine", bound=RolloutEngine | LearnerEngine | ScorerEngine)
 
 
 def rollout_class(name: str) -> type[RolloutEngine]:
@@ -34,6 +40,11 @@ def rollout_class(name: str) -> type[RolloutEngine]:
 def learner_class(name: str) -> type[LearnerEngine]:
     """The learner engine of this name. Raises ConfigError, which says what there is."""
     return _find(name, LEARNER_ENGINES, LearnerEngine, "learner.engine")  # type: ignore[type-abstract]
+
+
+def scorer_class(name: str) -> type[ScorerEngine]:
+    """The scorer engine of this name. Raises ConfigError, which says what there is."""
+    return _find(name, SCORER_ENGINES, ScorerEngine, "reference.engine")  # type: ignore[type-abstract]
 
 
 def _find(name: str, known: Mapping[str, str], kind: type[Engine], key: str) -> type[Engine]:

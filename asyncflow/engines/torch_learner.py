@@ -36,7 +36,7 @@ from asyncflow.config import Config
 from asyncflow.engines.base import LearnerEngine, OptimStats, WeightSnapshot
 from asyncflow.engines.models import load_tokenizer
 from asyncflow.errors import CheckpointError, ConfigError, EngineError, ModelError, WeightsError
-from asyncflow.types import Floats, TrainSample
+from asyncflow.types import Floats, KLEstimator, TokenSample, TrainSample
 
 Dtype = Literal["bf16", "fp32"]
 DTYPES: Mapping[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -175,7 +175,75 @@ def _register_attention() -> str:
     return "asyncflow"
 
 
-class TorchLearner(LearnerEngine):
+class TorchForward:
+    """A policy's forward pass, down to the log-probs of response tokens: what a learner and a scorer share."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        temperature: float,
+        micro_batch_tokens: int,
+        share_prompts: bool,
+        device: str | None,
+        logits_at_once: int,
+    ) -> None:
+        """Moves the policy's module to the device. `TorchLearner` says what the arguments are."""
+        self._policy = policy
+        self._temperature = temperature
+        self._micro_batch_tokens = micro_batch_tokens
+        self._share_prompts = share_prompts and policy.shares_prompts
+        self._chunk_tokens = max(1, logits_at_once // policy.vocabulary)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        policy.module.to(self._device)
+
+    @classmethod
+    def load_policy(cls, model: Path) -> Policy:
+        """The policy that `from_config` takes. Raises ModelError."""
+        return HuggingFacePolicy(model)
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[TokenSample]) -> list[Floats]:
+        """log π of the response tokens, temperature applied: one (R,) float32 array a sample."""
+        found: dict[int, Floats] = {}
+        for packed in self._pack(samples):
+            hidden = self._hidden(packed)
+            parts = [self._logprobs(hidden[c], packed.targets[c]) for c in self._chunks(len(packed.targets))]
+            values = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.float32)
+            ends = np.cumsum([len(samples[i].response_ids) for i in packed.samples])
+            found |= dict(zip(packed.samples, np.split(values, ends[:-1]), strict=True))
+        return [found[i] for i in range(len(samples))]
+
+    def close(self) -> None:
+        """Every tensor goes; a call that comes after this fails."""
+        self.__dict__.clear()
+
+    def _pack(self, samples: Sequence[TokenSample]) -> list[Packed]:
+        return pack(
+            samples,
+            pass_tokens=self._micro_batch_tokens,
+            share_prompts=self._share_prompts,
+            attention_parity=self._policy.attention_parity,
+            device=self._device,
+        )
+
+    def _hidden(self, packed: Packed) -> Tensor:
+        """(N, H): the hidden states that predict the response tokens."""
+        hidden = self._policy.hidden(packed.input_ids, packed.position_ids, packed.mask)
+        return hidden.flatten(0, 1).index_select(0, packed.sources)
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(N, H), (N,) → (N,) fp32."""
+        logits = self._policy.logits(hidden).float()
+        if self._temperature != 1.0:
+            logits = logits / self._temperature
+        return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
+
+    def _chunks(self, tokens: int) -> Iterator[slice]:
+        return (slice(start, start + self._chunk_tokens) for start in range(0, tokens, self._chunk_tokens))
+
+
+class TorchLearner(TorchForward, LearnerEngine):
     """AdamW on fp32 masters, gradients of a step as sums, logits in chunks.
 
     Weight decay applies to matrices (the embedding included), not to vectors (norms, biases). With `warmup_updates`
@@ -195,6 +263,8 @@ class TorchLearner(LearnerEngine):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         importance_cap: float | None = 5.0,
+        kl_coef: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
@@ -206,28 +276,32 @@ class TorchLearner(LearnerEngine):
     ) -> None:
         """Takes the policy's module over.
 
-        `temperature` is the one that the behaviour policy samples with: logits are divided by it. `grad_clip` is the
+        `temperature` is the one that the behaviour policy samples with: logits are divided by it. `kl_coef` weighs the
+        KL term in the loss of samples that bring the reference's log-probs. `grad_clip` is the
         largest norm of a gradient. `micro_batch_tokens` bounds one pass, counted as it is computed (shared prompts
         once, padding included). `share_prompts` False computes a prompt once per sample, which is also what happens
         where the policy cannot share. `device` None takes a GPU if there is one. `logits_at_once` bounds tokens ×
         vocabulary of a chunk of the output head.
         """
-        self._policy = policy
+        super().__init__(
+            policy,
+            temperature=temperature,
+            micro_batch_tokens=micro_batch_tokens,
+            share_prompts=share_prompts,
+            device=device,
+            logits_at_once=logits_at_once,
+        )
         self._learning_rate = learning_rate
         self._serving_dtype = DTYPES[serving_dtype]
-        self._temperature = temperature
         self._clip_low = clip_low
         self._clip_high = clip_high
         self._importance_cap = importance_cap
+        self._kl_coef = kl_coef
+        self._kl_estimator: KLEstimator = kl_estimator
         self._grad_clip = grad_clip
         self._warmup_updates = warmup_updates
-        self._micro_batch_tokens = micro_batch_tokens
-        self._share_prompts = share_prompts and policy.shares_prompts
-        self._chunk_tokens = max(1, logits_at_once // policy.vocabulary)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._updates = 0
 
-        policy.module.to(self._device)
         self._names, self._working = self._exported(policy.module)
         self._masters = self._split_off_masters(DTYPES[dtype])
         for master in self._masters:
@@ -254,6 +328,8 @@ class TorchLearner(LearnerEngine):
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             importance_cap=config.importance_cap,
+            kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+            kl_estimator=config.kl,
             betas=config.learner.betas,
             weight_decay=config.learner.weight_decay,
             grad_clip=config.learner.grad_clip,
@@ -262,18 +338,13 @@ class TorchLearner(LearnerEngine):
             **options,
         )
 
-    @classmethod
-    def load_policy(cls, model: Path) -> Policy:
-        """The policy that `from_config` trains. Raises ModelError."""
-        return HuggingFacePolicy(model)
-
     def forward_backward(self, samples: Sequence[TrainSample]) -> Mapping[str, float]:
         """See `LearnerEngine`. Splits the samples into passes of at most `micro_batch_tokens` computed tokens."""
         trained = [sample for sample in samples if sample.mask.any()]
         sums: dict[str, float] = {}
         for packed in self._pack(trained):
             hidden = self._hidden(packed)
-            behaviour, advantages, mask, proximal = self._columns(trained, packed)
+            behaviour, advantages, mask, proximal, reference = self._columns(trained, packed)
             # The head is differentiated chunk by chunk, down to this leaf and no further; one backward pass then goes
             # on from it. So only one chunk's logits exist, and nothing is computed twice.
             leaf = hidden.detach().requires_grad_()
@@ -287,6 +358,9 @@ class TorchLearner(LearnerEngine):
                     clip_low=self._clip_low,
                     clip_high=self._clip_high,
                     importance_cap=self._importance_cap,
+                    reference_logprobs=None if reference is None else reference[chunk],
+                    kl_coef=self._kl_coef,
+                    kl_estimator=self._kl_estimator,
                 )
                 loss.backward()  # type: ignore[no-untyped-call]
                 sums = merge(sums, part)
@@ -318,17 +392,10 @@ class TorchLearner(LearnerEngine):
         self._updates += 1
         return OptimStats(grad_norm=norm, learning_rate=rate)
 
-    @torch.no_grad()
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[Floats]:
-        """See `LearnerEngine`."""
-        found: dict[int, Floats] = {}
-        for packed in self._pack(samples):
-            hidden = self._hidden(packed)
-            parts = [self._logprobs(hidden[c], packed.targets[c]) for c in self._chunks(len(packed.targets))]
-            values = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.float32)
-            ends = np.cumsum([len(samples[i].response_ids) for i in packed.samples])
-            found |= dict(zip(packed.samples, np.split(values, ends[:-1]), strict=True))
-        return [found[i] for i in range(len(samples))]
+    def rest(self) -> None:
+        """See `LearnerEngine`. On a GPU: what PyTorch keeps for the next tensors goes back to the device."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def logprobs_under(
         self,
@@ -419,11 +486,6 @@ class TorchLearner(LearnerEngine):
         if self._working is not self._masters:
             torch._foreach_copy_(self._working, self._masters)
 
-    def close(self) -> None:
-        """See `LearnerEngine`."""
-        # Every tensor goes; a call that comes after this fails.
-        self.__dict__.clear()
-
     def _fill(self, file: Path, tensors: Sequence[Tensor]) -> None:
         """Copy a file's tensors, which must be exactly those of the parameters, into these."""
         from safetensors import safe_open
@@ -459,35 +521,12 @@ class TorchLearner(LearnerEngine):
             parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))  # type: ignore[no-untyped-call]
         return masters
 
-    def _pack(self, samples: Sequence[TrainSample]) -> list[Packed]:
-        return pack(
-            samples,
-            pass_tokens=self._micro_batch_tokens,
-            share_prompts=self._share_prompts,
-            attention_parity=self._policy.attention_parity,
-            device=self._device,
-        )
-
-    def _hidden(self, packed: Packed) -> Tensor:
-        """(N, H): the hidden states that predict the response tokens."""
-        hidden = self._policy.hidden(packed.input_ids, packed.position_ids, packed.mask)
-        return hidden.flatten(0, 1).index_select(0, packed.sources)
-
-    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(N, H), (N,) → (N,) fp32."""
-        logits = self._policy.logits(hidden).float()
-        if self._temperature != 1.0:
-            logits = logits / self._temperature
-        return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
-
-    def _chunks(self, tokens: int) -> Iterator[slice]:
-        return (slice(start, start + self._chunk_tokens) for start in range(0, tokens, self._chunk_tokens))
-
-    def _columns(self, samples: Sequence[TrainSample], packed: Packed) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _columns(
+        self, samples: Sequence[TrainSample], packed: Packed
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         ordered = [samples[i] for i in packed.samples]
-        given = [sample.proximal_logprobs for sample in ordered if sample.proximal_logprobs is not None]
-        if given and len(given) < len(ordered):
-            raise ValueError("give the proximal log-probabilities of all samples of a step, or of none")
+        proximal = _of_all("proximal", [sample.proximal_logprobs for sample in ordered])
+        reference = _of_all("reference", [sample.reference_logprobs for sample in ordered])
 
         def joined(columns: Sequence[np.ndarray[Any, Any]]) -> Tensor:
             return torch.from_numpy(np.concatenate(columns)).to(self._device)
@@ -496,8 +535,17 @@ class TorchLearner(LearnerEngine):
             joined([sample.behaviour_logprobs for sample in ordered]),
             joined([sample.advantages for sample in ordered]),
             joined([sample.mask for sample in ordered]),
-            joined(given) if given else None,
+            joined(proximal) if proximal else None,
+            joined(reference) if reference else None,
         )
+
+
+def _of_all(name: str, given: Sequence[Floats | None]) -> list[Floats]:
+    """The log-probs of all samples, or an empty list. Raises ValueError for those of some."""
+    there = [logprobs for logprobs in given if logprobs is not None]
+    if there and len(there) < len(given):
+        raise ValueError(f"give the {name} log-probabilities of all samples of a step, or of none")
+    return there
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

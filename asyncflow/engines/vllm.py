@@ -76,7 +76,7 @@ class _Sequence:
 class VLLMRollout(RolloutEngine):
     """vLLM in processes of its own, with weights from the shared-memory channel."""
 
-    capabilities = Capabilities(logprobs=True, updates=frozenset({"boundary", "in_flight"}))
+    capabilities = Capabilities(logprobs=True, updates=frozenset({"boundary", "in_flight"}), sleep=True)
 
     def __init__(
         self,
@@ -87,12 +87,14 @@ class VLLMRollout(RolloutEngine):
         max_concurrency: int = 64,
         cores: tuple[int, ...] | None = None,
         seed: int = 0,
+        sleeps: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Start nothing.
 
         `max_model_len`: tokens of the longest sequence (None: the model's, at most 4096). `cores`: CPU cores of all
-        engine processes (None: not restricted). `options`: further arguments of vLLM's `AsyncEngineArgs`, which win.
+        engine processes (None: not restricted). `sleeps`: `sleep` gives back the memory of a GPU; on a CPU, where there
+        is nothing to give back, it does nothing. `options`: further arguments of vLLM's `AsyncEngineArgs`, which win.
         """
         self.model = model
         self.info = describe_model(model)
@@ -103,6 +105,7 @@ class VLLMRollout(RolloutEngine):
         self._max_concurrency = max_concurrency
         self._cores = cores
         self._seed = seed
+        self._sleeps = sleeps
         self._options = dict(options or {})
         self._launching: asyncio.Task[None] | None = None
         self._processes: list[psutil.Process] = []
@@ -127,6 +130,7 @@ class VLLMRollout(RolloutEngine):
             max_concurrency=rollout.max_concurrency,
             cores=rollout.cores,
             seed=config.seed,
+            sleeps=config.placement == "colocated",
             options=rollout.options,
         )
 
@@ -189,6 +193,18 @@ class VLLMRollout(RolloutEngine):
             self._swapped.set()
         return Served(version=snapshot.version, digest=self._digest)
 
+    async def sleep(self) -> None:
+        """Weights go to the host's memory, the KV cache is given up (vLLM's sleep level 1)."""
+        if self._sleeps:
+            self._require_running()
+            await self._control("sleep", self.engine.sleep(level=1))
+
+    async def wake(self) -> None:
+        """Weights come back as they were, and an empty KV cache."""
+        if self._sleeps:
+            self._require_running()
+            await self._control("wake up", self.engine.wake_up())
+
     async def stop(self) -> None:
         """Shut the engine down and see to it that none of its processes is left."""
         if self._launching is not None:
@@ -235,6 +251,7 @@ class VLLMRollout(RolloutEngine):
                 "use_tqdm_on_load": False,
             }
             if current_platform.is_cpu():
+                self._sleeps = False
                 arguments |= {
                     "enforce_eager": True,
                     "kv_cache_memory_bytes": self._kv_cache_bytes(),
@@ -246,6 +263,8 @@ class VLLMRollout(RolloutEngine):
                     # Scheduler and worker in one process: half as many tokens a second again for a small model. vLLM
                     # parts them on the CPU to bind the worker's OpenMP threads, for which we restrict the process.
                     arguments["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+            elif self._sleeps:
+                arguments["enable_sleep_mode"] = True
             try:
                 self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | self._options)))
             finally:
@@ -406,6 +425,15 @@ class VLLMRollout(RolloutEngine):
             asyncio.get_running_loop().remove_reader(descriptor)
             os.close(descriptor)
         self._watched.clear()
+
+    async def _control(self, what: str, request: Coroutine[Any, Any, Any]) -> None:
+        try:
+            async with asyncio.timeout(CONTROL_SECONDS):
+                await self._ask(request)
+        except AsyncFlowError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM could not {what}: {_told(error)}") from error
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T:
         """The engine's answer. Raises EngineError when its process dies before it has answered."""

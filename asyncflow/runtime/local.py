@@ -192,6 +192,7 @@ class _Run:
             self._store,
             rollout=self._plan.make_rollout(),
             learner=learner if learner is not None else self._plan.make_learner(),
+            reference=self._plan.make_reference() if self._plan.make_reference is not None else None,
             recorder=self._metrics,
             after_step=self._after_step,
             on_done=self._supervisor.finish,
@@ -365,6 +366,8 @@ class _Run:
                 if _attempt("save the weights", lambda: pipeline.engine.save_pretrained(self.run_dir / WEIGHTS)):
                     weights = WEIGHTS
                 _attempt("close the learner", pipeline.engine.close)
+            if pipeline.scorer is not None:
+                _attempt("close the reference", pipeline.scorer.close)
             _attempt("close the weight channel", pipeline.channel.close)
         _attempt("close the reward functions", self._plan.reward.close)
         if self._checkpointer is not None:

@@ -26,11 +26,13 @@ COLUMNS: dict[str, pa.DataType] = {
     # Written by the reward stage.
     "reward": pa.float32(),
     "reward_parts": pa.string(),  # JSON object: value of each reward function
+    # Written by the reference stage, where there is a KL term.
+    "ref_logprobs": pa.list_(pa.float32()),  # log π_ref
 }
 """Every column there is, with its type."""
 
 PROMPT_COLUMNS: tuple[str, ...] = ("prompt", "prompt_columns", "prompt_ids")
-TOKEN_COLUMNS: tuple[str, ...] = ("response_ids", "rollout_logprobs", "token_versions")
+TOKEN_COLUMNS: tuple[str, ...] = ("response_ids", "rollout_logprobs", "token_versions", "ref_logprobs")
 """Columns with one value for each response token."""
 
 

@@ -1,12 +1,13 @@
 """The learner: takes scored groups as they become ready, accumulates gradients, and steps when B places are consumed.
 
 A step streams: groups are trained while later ones of the same step are still being generated. It waits for all of its
-groups only where it has to: with more than one update a step, π_prox must be computed before the first of them; and
-`deterministic` accumulates in sample order.
+groups only where it has to: with more than one update a step, π_prox must be computed before the first of them;
+`deterministic` accumulates in sample order; `colocated` has the machine for itself then; and `stream: false` says so.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from asyncflow.algorithms.advantages import group_advantages, is_zero_variance
+from asyncflow.algorithms.kl import sequence_kl
 from asyncflow.algorithms.losses import merge, summarise
 from asyncflow.config import Config
 from asyncflow.engines.base import LearnerEngine, OptimStats
@@ -51,8 +53,11 @@ class Step:
     """Tokens in the loss of the optimizer update under way."""
     updates: list[OptimStats] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
+    kl_penalties: list[float] = field(default_factory=list)
+    """What KL in the reward took from each reward."""
     rewards: list[float] = field(default_factory=list)
     reward_stds: list[float] = field(default_factory=list)
+    """Of each group, of the rewards that its advantages are made from (KL in the reward included)."""
     lengths: list[int] = field(default_factory=list)
     truncated: int = 0
     staleness: list[int] = field(default_factory=list)
@@ -81,8 +86,11 @@ class ActorUpdate(StageWorker):
         generated_tokens: Callable[[], int],
         after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
+        take_turn: Callable[[], None] | None = None,
     ) -> None:
-        """`after_step` is called with each new version when it is committed and published, `on_done` after the last."""
+        """`after_step` is called with each new version when it is committed and published, `on_done` after the last.
+        `take_turn` returns once the engine leaves the machine to the learner, until the next publication.
+        """
         super().__init__(stage, store, heartbeat)
         self._engine = engine
         self._channel = channel
@@ -93,7 +101,8 @@ class ActorUpdate(StageWorker):
         self._after_step = after_step
         self._on_done = on_done
         self._one_update = config.updates_per_step == config.epochs_per_step == 1
-        self._streams = self._one_update and not config.deterministic
+        self._take_turn = take_turn
+        self._streams = self._one_update and config.stream and not config.deterministic and take_turn is None
         self._max_refill = config.groups_per_step if config.max_refill is None else config.max_refill
         self.version = PolicyVersion(n=0)
         """Of the weights that the engine holds."""
@@ -101,8 +110,17 @@ class ActorUpdate(StageWorker):
         """Forward and backward passes, and updates, so far."""
         self._step: Step | None = None
         self._generated_before = 0
-        if config.learner.cores is not None:
-            torch.set_num_threads(len(config.learner.cores))
+        self._use_cores()
+
+    def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
+        """See `Worker`."""
+        self._use_cores()
+        super().run(stopping, going)
+
+    def _use_cores(self) -> None:
+        """How many threads PyTorch computes with is a setting of the thread that computes."""
+        if self._config.learner.cores is not None:
+            torch.set_num_threads(len(self._config.learner.cores))
 
     @property
     def between_steps(self) -> bool:
@@ -151,31 +169,47 @@ class ActorUpdate(StageWorker):
         """Decide what becomes of one group: trained, skipped or replaced."""
         ids = [scored.sample_id for scored in group]
         rewards = np.array([scored.reward for scored in group], dtype=np.float64)
-        flat = is_zero_variance(rewards)
+        penalties = self._kl_penalties(group)
+        shaped = rewards - penalties if penalties else rewards
+        flat = is_zero_variance(shaped)
         if flat and self._config.zero_variance == "refill" and step.refilled < self._max_refill:
             step.refilled += 1
             self.store.drop(ids, reason=REFILLED)
             held.forget(ids)
             return
         step.places += self._config.num_generations
+        step.kl_penalties += penalties
         step.rewards += rewards.tolist()
-        step.reward_stds.append(float(rewards.std()))
+        step.reward_stds.append(float(shaped.std()))
         step.lengths += [len(scored.response_ids) for scored in group]
         step.truncated += sum(scored.truncated for scored in group)
         if flat and self._config.zero_variance != "keep":
             step.skipped += ids
             return
         step.trained += ids
-        advantages = group_advantages(rewards)
+        advantages = group_advantages(shaped)
         for scored, advantage in zip(group, advantages, strict=True):
             sample = scored.to_train(float(advantage), masked=scored.truncated and self._config.truncated == "mask")
             step.waiting.append(sample)
             step.staleness.append(self.version.n - scored.oldest.n)
             step.spans += scored.oldest != scored.newest
 
+    def _kl_penalties(self, group: Sequence[Scored]) -> list[float]:
+        """What each reward loses, or nothing where KL is not in the reward."""
+        config = self._config
+        if config.kl_in != "reward":
+            return []
+        return [
+            config.kl_coef * sequence_kl(scored.behaviour_logprobs, scored.reference_logprobs, config.kl)
+            for scored in group
+            if scored.reference_logprobs is not None
+        ]
+
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def _finish(self, step: Step) -> None:
+        if self._take_turn is not None:
+            self._take_turn()
         # An update cannot be taken back, so nothing that goes into it may be lost before the commit.
         for held in step.held:
             held.renew()
@@ -191,6 +225,8 @@ class ActorUpdate(StageWorker):
         for held in step.held:
             held.forget([row.sample_id for row in held.lease.rows])
         self.version = version
+        if self._take_turn is not None:
+            self._engine.rest()
         self.publish()
         self._report(step, weight_sync_s=time.monotonic() - sync_began)
         self._step = None
@@ -272,6 +308,7 @@ class ActorUpdate(StageWorker):
                 "grad_norm": last.grad_norm if last else 0.0,
                 "learning_rate": last.learning_rate if last else 0.0,
                 **summarise(step.sums),
+                **({"kl/penalty": float(np.mean(step.kl_penalties))} if step.kl_penalties else {}),
                 "step_time": seconds,
                 "perf/rollout_wait_s": max(0.0, seconds - busy),
                 "perf/fwd_bwd_s": step.forward_backward_s,
@@ -297,6 +334,7 @@ class Scored:
     newest: PolicyVersion
     truncated: bool
     reward: float
+    reference_logprobs: np.ndarray[tuple[int], np.dtype[np.float32]] | None
 
     def to_train(self, advantage: float, *, masked: bool) -> TrainSample:
         """As the engine sees it. The end-of-sequence token is a token like the others; a masked sample has none."""
@@ -309,12 +347,14 @@ class Scored:
             mask=np.full(shape, not masked),
             behaviour_logprobs=self.behaviour_logprobs,
             advantages=np.full(shape, advantage, dtype=np.float32),
+            reference_logprobs=self.reference_logprobs,
         )
 
 
 def groups_of(lease: Lease) -> list[list[Scored]]:
     """The rows of a lease, group by group."""
     data = lease.data
+    has_reference = "ref_logprobs" in data.schema.names
     columns = zip(
         lease.rows,
         ragged(data.column("prompt_ids")),
@@ -323,6 +363,7 @@ def groups_of(lease: Lease) -> list[list[Scored]]:
         ragged(data.column("token_versions")),
         strings(data.column("finish_reason")),
         floats(data.column("reward")),
+        ragged(data.column("ref_logprobs")) if has_reference else [None] * len(lease.rows),
         strict=True,
     )
     scored = [
@@ -336,8 +377,9 @@ def groups_of(lease: Lease) -> list[list[Scored]]:
             newest=PolicyVersion.unpack(versions.max()),
             truncated=finish_reason == "length",
             reward=float(reward),
+            reference_logprobs=reference,
         )
-        for row, prompt_ids, response_ids, logprobs, versions, finish_reason, reward in columns
+        for row, prompt_ids, response_ids, logprobs, versions, finish_reason, reward, reference in columns
     ]
     return by_group(scored)
 

@@ -10,9 +10,10 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ LOAD_TIMEOUT = 600.0
 """Seconds that an update may take; at a `boundary` in addition to what a running sequence may take."""
 STOP_TIMEOUT = 900.0
 """Seconds that an engine may take to stop; above its own deadlines, so that it can use them."""
+TURN_TIMEOUT = 7200.0
+"""Seconds that somebody who takes turns with the engine may wait for his, sequences that have to end first included."""
 GENERATE_TIMEOUT = 3600.0
 """Seconds after which a completion fails, whoever asked for it. The watchdog gives back samples much sooner."""
 CANARY_TOKENS = 4
@@ -47,7 +50,11 @@ REMEMBERED = 256
 
 
 class EngineHost:
-    """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order."""
+    """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order.
+
+    A gate lets requests through to the engine. It is closed during an update (`boundary`), and while somebody who has
+    the same cores or GPU takes his turn (`suspend`): what runs is finished, nothing is started.
+    """
 
     def __init__(
         self,
@@ -77,9 +84,12 @@ class EngineHost:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-loop", daemon=True)
         self._gate = asyncio.Condition()
         self._swapping = False
+        self._suspended = False
+        self._asleep = False
+        self._ending = False
         self._running = 0
         self._generating: set[asyncio.Task[Any]] = set()
-        self._control: asyncio.Future[Any] | None = None
+        self._controls: set[asyncio.Future[Any]] = set()
 
     def start(self) -> None:
         """Start the engine. Raises what the engine raises, or EngineError after `START_TIMEOUT`."""
@@ -114,9 +124,30 @@ class EngineHost:
             )
         return served
 
+    def suspend(self) -> None:
+        """Take the learner's turn: the engine finishes what runs, starts nothing and sleeps, until the next `load`.
+
+        Waits for the turn of somebody else to end. Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        """
+        self._call(self._suspend(when_idle=False), TURN_TIMEOUT, "finish what it was generating")
+
+    @contextmanager
+    def turn_when_idle(self) -> Iterator[None]:
+        """A turn for those who can wait until the engine has nothing to do: it starts nothing until the end of it.
+
+        Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        """
+        self._call(self._suspend(when_idle=True), TURN_TIMEOUT, "become idle")
+        try:
+            yield
+        finally:
+            self._call(self._resume(), TURN_TIMEOUT, "resume")
+
     def cancel(self) -> None:
-        """Cancel all completions that are under way. From any thread; does not wait."""
+        """Cancel all completions that are under way, and whoever waits for a turn: the run is ending. From any thread;
+        does not wait."""
         if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end_turns(), self._loop)
             self._loop.call_soon_threadsafe(self._cancel_generating)
 
     def stop(self) -> None:
@@ -139,7 +170,7 @@ class EngineHost:
         self._generating.add(task)
         try:
             async with self._gate:
-                await self._gate.wait_for(lambda: not self._swapping)
+                await self._gate.wait_for(lambda: not (self._swapping or self._suspended))
                 self._running += 1
             with self._lock:
                 began = self._began[request.request_id] = self._clock.monotonic()
@@ -168,12 +199,15 @@ class EngineHost:
             async with self._gate:
                 self._swapping = True
                 await self._gate.wait_for(lambda: self._running == 0)
+            if self._asleep:
+                await self.engine.wake()
+                self._asleep = False
             served = await self.engine.load_weights(snapshot, mode)
             await self._sing()
             return served
         finally:
             async with self._gate:
-                self._swapping = False
+                self._swapping = self._suspended = False
                 self._gate.notify_all()
 
     async def _sing(self) -> None:
@@ -187,13 +221,37 @@ class EngineHost:
             )
             self.canary = self._canary, await self.engine.generate(request)
 
+    async def _suspend(self, *, when_idle: bool) -> None:
+        def may_begin() -> bool:
+            return not (self._swapping or self._suspended or (when_idle and self._running))
+
+        async with self._gate:
+            await self._gate.wait_for(lambda: self._ending or may_begin())
+            if self._ending:
+                raise EngineError(f"{self.name} takes no more turns: the run is ending")
+            self._suspended = True
+            await self._gate.wait_for(lambda: self._running == 0)
+        if not when_idle and self.engine.capabilities.sleep:
+            await self._controlled(self.engine.sleep())
+            self._asleep = True
+
+    async def _resume(self) -> None:
+        async with self._gate:
+            self._suspended = False
+            self._gate.notify_all()
+
     async def _shutdown(self) -> None:
         self._cancel_generating()
         await asyncio.gather(*self._generating, return_exceptions=True)
-        if self._control is not None:
+        if self._controls:
             # Whoever waited for it is gone (Ctrl-C); an engine is not stopped in the middle of an update.
-            await asyncio.wait([self._control], timeout=LOAD_TIMEOUT)
+            await asyncio.wait(self._controls, timeout=LOAD_TIMEOUT)
         await self.engine.stop()
+
+    async def _end_turns(self) -> None:
+        async with self._gate:
+            self._ending = True
+            self._gate.notify_all()
 
     def _cancel_generating(self) -> None:
         # Only what was started here: the engine may have tasks of its own, and needs them to stop.
@@ -201,13 +259,11 @@ class EngineHost:
             task.cancel()
 
     async def _controlled(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Remember a start or an update while it runs."""
-        self._control = asyncio.ensure_future(coroutine)
-        try:
-            return await asyncio.shield(self._control)
-        finally:
-            if self._control.done():
-                self._control = None
+        """Remember a start, an update or falling asleep while it runs; one may begin when another is about to end."""
+        control = asyncio.ensure_future(coroutine)
+        self._controls.add(control)
+        control.add_done_callback(self._controls.discard)
+        return await asyncio.shield(control)
 
     def _call(self, coroutine: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
