@@ -35,7 +35,7 @@ from asyncflow.rundir import DATA, LEDGER
 from asyncflow.store.broker import Store
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
-from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
+from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
@@ -47,8 +47,9 @@ from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
 class Pipeline:
     """One run, wired and not yet started. `workers` run until the store closes; who runs them is the runtime's matter.
 
-    It begins where the store is: at version 0, or where a resumed run goes on. `after_step` is called with each version
-    that was committed and published, `on_done` once, after the last step.
+    It begins where the store is: at version 0, or where a resumed run goes on. Each part says in `timeline`, under the
+    name of its worker, when it computes and what it waits for. `after_step` is called with each version that was
+    committed and published, `on_done` once, after the last step.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Pipeline:
         rollout: RolloutEngine,
         learner: LearnerEngine,
         recorder: Recorder,
+        timeline: Timeline,
         after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
     ) -> None:
@@ -73,14 +75,15 @@ class Pipeline:
         # Prompts are admitted as groups, as far ahead as max_staleness allows.
         self.prompts = PromptStream(plan.problems.train, seed=config.seed, shuffle=config.data.shuffle)
         self.prompts.skip(store.table.next_group)
-        self.feeder = Feeder(self.prompts, tokens, self.store)
+        self.feeder = Feeder(self.prompts, tokens, self.store, timeline)
 
         # The rollout engine completes them.
-        self.host = EngineHost(rollout, "rollout-0")
+        self.host = EngineHost(rollout, "rollout-0", timeline)
         self.rollout = RolloutWorker(
             schema.stages["rollout"],
             self.store,
             self.heartbeat,
+            timeline,
             host=self.host,
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
             max_concurrency=config.rollout.max_concurrency,
@@ -88,7 +91,7 @@ class Pipeline:
         )
 
         # The reward functions score them.
-        self.reward = RewardWorker(schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward)
+        self.reward = RewardWorker(schema.stages["reward"], self.store, self.heartbeat, timeline, reward=plan.reward)
 
         # The learner trains them and publishes new weights.
         self.channel = WeightChannel(keep=config.weights.keep)
@@ -97,6 +100,7 @@ class Pipeline:
             schema.stages["actor_update"],
             self.store,
             self.heartbeat,
+            timeline,
             engine=self.engine,
             channel=self.channel,
             recorder=recorder,
@@ -115,11 +119,18 @@ class Pipeline:
             reward=plan.reward,
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=0.0),
             recorder=recorder,
+            timeline=timeline,
             every=config.eval_every,
             since=store.table.learner.n,
         )
         self.weights = WeightFollower(
-            self.host, self.channel, self.store, recorder, mode=config.weights.update, on_served=self.evaluator.served
+            self.host,
+            self.channel,
+            self.store,
+            recorder,
+            timeline,
+            mode=config.weights.update,
+            on_served=self.evaluator.served,
         )
 
     def interrupt(self) -> None:

@@ -137,6 +137,10 @@ class StoreClient(Protocol):
         Raises IllegalTransition for a version that no commit has made.
         """
 
+    def awaited(self, topic: str) -> str:
+        """What a stage that finds nothing ready waits for, or the feeder (`admission`) that finds no room: a stage,
+        `feeder`, `bound`, `weights` or `end` (`Table.awaited`). Raises StoreError for a stage that there is not."""
+
     def counts(self) -> Counts:
         """The account, at one moment."""
 

@@ -23,7 +23,7 @@ from asyncflow.engines.base import LearnerEngine, OptimStats
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import Stage
-from asyncflow.types import PolicyVersion, Recorder, TrainSample
+from asyncflow.types import PolicyVersion, Recorder, Timeline, TrainSample
 from asyncflow.workers.arrow import floats, ragged, strings
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 
@@ -71,6 +71,7 @@ class ActorUpdate(StageWorker):
         stage: Stage,
         store: StoreClient,
         heartbeat: Heartbeat,
+        timeline: Timeline,
         *,
         engine: LearnerEngine,
         channel: WeightChannel,
@@ -81,7 +82,7 @@ class ActorUpdate(StageWorker):
         on_done: Callable[[], None],
     ) -> None:
         """`after_step` is called with each new version when it is committed and published, `on_done` after the last."""
-        super().__init__(stage, store, heartbeat)
+        super().__init__(stage, store, heartbeat, timeline)
         self._engine = engine
         self._channel = channel
         self._recorder = recorder
@@ -107,7 +108,8 @@ class ActorUpdate(StageWorker):
     def publish(self) -> None:
         """Put the current weights into the channel under the current version."""
         began = time.monotonic()
-        snapshot = self._channel.publish(self.version, self._engine.export_weights())
+        with self.timeline.span(self.name, "publish", version=str(self.version)):
+            snapshot = self._channel.publish(self.version, self._engine.export_weights())
         self._recorder.log(
             "weights",
             {"version": str(self.version), "digest": snapshot.digest, "publish_s": time.monotonic() - began},
@@ -123,6 +125,7 @@ class ActorUpdate(StageWorker):
 
     def turn(self) -> None:
         if self._step is None:
+            self.timeline.lap()
             self._step = Step(began=time.monotonic())
         super().turn()
 
@@ -177,7 +180,8 @@ class ActorUpdate(StageWorker):
         version = replace(self.version, n=self.version.n + 1)
         sync_began = time.monotonic()
         leases = [held.lease.lease_id for held in step.held]
-        self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
+        with self.timeline.span(self.name, "commit", version=str(version)):
+            self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
         for held in step.held:
             held.forget([row.sample_id for row in held.lease.rows])
         self.version = version
@@ -195,7 +199,9 @@ class ActorUpdate(StageWorker):
             return
         if not self._one_update:
             began = time.monotonic()
-            proximal = [logprobs for part in self._micro_batches(samples) for logprobs in self._engine.logprobs(part)]
+            with self.timeline.span(self.name, "logprobs", samples=len(samples)):
+                parts = [self._engine.logprobs(part) for part in self._micro_batches(samples)]
+            proximal = [logprobs for part in parts for logprobs in part]
             step.forward_backward_s += time.monotonic() - began
             samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, proximal, strict=True)]
         for _ in range(self._config.epochs_per_step):
@@ -210,13 +216,15 @@ class ActorUpdate(StageWorker):
         if not tokens:
             return
         began = time.monotonic()
-        step.sums = merge(step.sums, self._engine.forward_backward(samples))
+        with self.timeline.span(self.name, "forward_backward", samples=len(samples), tokens=tokens):
+            step.sums = merge(step.sums, self._engine.forward_backward(samples))
         step.forward_backward_s += time.monotonic() - began
         step.denominator += tokens
 
     def _update(self, step: Step) -> None:
         began = time.monotonic()
-        step.updates.append(self._engine.optim_step(step.denominator))
+        with self.timeline.span(self.name, "optimizer"):
+            step.updates.append(self._engine.optim_step(step.denominator))
         step.optim_s += time.monotonic() - began
         step.denominator = 0
 
@@ -254,6 +262,7 @@ class ActorUpdate(StageWorker):
                 "skipped": len(step.skipped),
                 "refilled_groups": step.refilled,
                 "sample/staleness_mean": float(np.mean(step.staleness)) if step.staleness else 0.0,
+                "sample/staleness_p95": float(np.percentile(step.staleness, 95)) if step.staleness else 0.0,
                 "sample/staleness_max": max(step.staleness, default=0),
                 "sample/version_spans": step.spans,
                 "updates": len(step.updates),
@@ -267,6 +276,7 @@ class ActorUpdate(StageWorker):
                 "perf/weight_sync_s": weight_sync_s,
                 "rollout/generated_tok_s": (generated - self._generated_before) / seconds,
                 "rollout/completions_s": len(step.lengths) / seconds,
+                **self.timeline.lap(),
             },
         )
         self._generated_before = generated

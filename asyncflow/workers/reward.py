@@ -9,7 +9,7 @@ import pyarrow as pa
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
 from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
-from asyncflow.types import Prompt
+from asyncflow.types import Prompt, Timeline
 from asyncflow.workers.arrow import ragged, strings
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 
@@ -17,8 +17,10 @@ from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 class RewardWorker(StageWorker):
     """Consumes completions, produces rewards. Waits for completions; a sequence that ends makes one."""
 
-    def __init__(self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, *, reward: Reward) -> None:
-        super().__init__(stage, store, heartbeat)
+    def __init__(
+        self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, timeline: Timeline, *, reward: Reward
+    ) -> None:
+        super().__init__(stage, store, heartbeat, timeline)
         self._reward = reward
 
     def process(self, held: HeldLease) -> None:
