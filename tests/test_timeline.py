@@ -19,7 +19,7 @@ import pytest
 from asyncflow.clock import ManualClock
 from asyncflow.engines.base import Capabilities, GenerationRequest, RolloutEngine, Served, WeightSnapshot
 from asyncflow.errors import StoreError
-from asyncflow.launch import Run, launch, resolve
+from asyncflow.launch import Run, launch, resolve, resume
 from asyncflow.plan import plan
 from asyncflow.rundir import TRACE
 from asyncflow.runtime.metrics import read_metrics
@@ -27,7 +27,7 @@ from asyncflow.runtime.timeline import Doing, Span, TraceTimeline, read_trace
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
 from asyncflow.store.table import ADMISSION
 from asyncflow.types import Completion, PolicyVersion, Sampling, UpdateMode
-from asyncflow.workers.base import Heartbeat
+from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 from asyncflow.workers.rollout import EngineHost, RolloutWorker
 from tests.conftest import TINY, RunTiny
 from tests.test_store import SCHEMA, Bench, ids, responses, rewards
@@ -649,6 +649,39 @@ def test_a_run_says_what_held_it_up(finished: Run) -> None:
 
 def test_a_run_of_one_step_has_no_bottleneck_to_speak_of(run_tiny: RunTiny) -> None:
     assert run_tiny("steps=1").summary.bottleneck is None
+
+
+def test_a_run_that_is_resumed_goes_on_in_the_same_trace(run_tiny: RunTiny) -> None:
+    run = run_tiny("steps=2")
+
+    resumed = resume(run.run_dir, overrides=["steps=4"])
+
+    assert resumed.summary.outcome == "finished", resumed.summary.reason
+    json.loads((run.run_dir / TRACE).read_text())
+    published = [span for span in read_trace(run.run_dir / TRACE) if span.name == "publish"]
+    assert [span.args["version"] for span in published] == ["0.0", "0.1", "0.2", "1.2", "1.3", "1.4"]
+    assert all(a.ended <= b.began for a, b in pairwise(published))
+
+
+class Pausing(StageWorker):
+    pauses = True
+
+    def process(self, held: HeldLease) -> None:
+        raise AssertionError("there is nothing to process")
+
+
+def test_while_a_run_is_paused_those_who_pause_say_so(bench: Bench, timeline: TraceTimeline) -> None:
+    worker = Pausing(SCHEMA.stages["reward"], bench.store, Heartbeat(bench.store), timeline)
+    stopping, going = threading.Event(), threading.Event()
+    thread = threading.Thread(target=worker.run, args=(stopping, going), daemon=True)
+    thread.start()
+
+    wait_until(lambda: timeline.doing() == {"reward": Doing(activity="blocked", cause="pause")})
+    going.set()
+    wait_until(lambda: timeline.doing() == {"reward": Doing(activity="idle", cause="feeder")})
+
+    stopping.set()
+    thread.join(20.0)
 
 
 def test_a_failed_run_has_a_trace_that_opens(run_tiny: RunTiny) -> None:

@@ -43,7 +43,7 @@ class Worker(ABC):
     def turn(self) -> None:
         """Wait at most about `PATIENCE` seconds for something to do, and do it."""
 
-    def paused(self) -> None:
+    def paused(self) -> None:  # noqa: B027
         """Called from time to time while the run is paused."""
 
     def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
