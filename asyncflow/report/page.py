@@ -345,7 +345,9 @@ def _shares(run: RunFiles) -> str:
     if not any(shares.values()):
         return _missing(title, "No step recorded what each part did.", wide=True)
     picture, words = stage_shares(shares)
-    says = "All steps after the first one: the bar is the time in which a part computed, the rest is waiting."
+    says = (
+        "All steps after the first one. Coloured: it computed. Grey: it had work and could not go on. Else it was idle."
+    )
     return _figure(title, says, f"<div role='img' aria-label='{escape(words)}'>{picture}</div>", wide=True)
 
 
