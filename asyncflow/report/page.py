@@ -345,9 +345,7 @@ def _shares(run: RunFiles) -> str:
     if not any(shares.values()):
         return _missing(title, "No step recorded what each part did.", wide=True)
     picture, words = stage_shares(shares)
-    says = (
-        "All steps after the first one. Coloured: it computed. Grey: it had work and could not go on."
-    )
+    says = "All steps after the first one. Coloured: it computed. Grey: it had work and could not go on."
     return _figure(title, says, f"<div role='img' aria-label='{escape(words)}'>{picture}</div>", wide=True)
 
 
