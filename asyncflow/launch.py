@@ -16,11 +16,12 @@ from asyncflow.errors import CheckpointError, ConfigError, RunFailed
 from asyncflow.placement import without_lost_cores
 from asyncflow.plan import Plan, plan
 from asyncflow.report.audit import audit
+from asyncflow.report.bottleneck import diagnose
 from asyncflow.report.page import write_report
-from asyncflow.rundir import CONFIG, REPORT
+from asyncflow.rundir import CONFIG, METRICS, REPORT
 from asyncflow.runtime.checkpoint import checkpoints
 from asyncflow.runtime.local import GoingOn, Summary, Watch, held, run_local
-from asyncflow.runtime.metrics import Listener
+from asyncflow.runtime.metrics import Listener, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,19 @@ def launch(
 ) -> Run:
     """Run a plan in this process and write its report, however it ends."""
     run_dir = ready.config.run_dir or new_run_dir(ready.config.name)
-    summary, error = run_local(ready, run_dir, going_on=going_on, listeners=listeners, watch=watch, at_end=write_report)
+    summary, error = run_local(
+        ready,
+        run_dir,
+        going_on=going_on,
+        listeners=listeners,
+        watch=watch,
+        diagnose=lambda folder: diagnose(
+            read_metrics(folder / METRICS, "step"),
+            max_staleness=ready.config.max_staleness,
+            update=ready.config.weights.update,
+        ),
+        at_end=write_report,
+    )
     return Run(run_dir=run_dir, summary=summary, error=error)
 
 

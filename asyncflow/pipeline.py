@@ -42,7 +42,7 @@ from asyncflow.rundir import DATA, LEDGER
 from asyncflow.store.broker import Store
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
-from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
+from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.attestation import Attestation, FreshSamples
@@ -58,8 +58,9 @@ from asyncflow.workers.watchdog import Watchdog
 class Pipeline:
     """One run, wired and not yet started. `workers` run until the store closes; who runs them is the runtime's matter.
 
-    It begins where the store is: at version 0, or where a resumed run goes on. `after_step` is called with each version
-    that was committed and published, `on_done` once, after the last step.
+    It begins where the store is: at version 0, or where a resumed run goes on. Each part says in `timeline`, under the
+    name of its worker, when it computes and what it waits for. `after_step` is called with each version that was
+    committed and published, `on_done` once, after the last step.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Pipeline:
         learner: LearnerEngine,
         reference: ScorerEngine | None,
         recorder: Recorder,
+        timeline: Timeline,
         after_step: Callable[[PolicyVersion], None],
         on_done: Callable[[], None],
     ) -> None:
@@ -86,17 +88,18 @@ class Pipeline:
         # Prompts are admitted as groups, as far ahead as max_staleness allows.
         self.prompts = PromptStream(plan.problems.train, seed=config.seed, shuffle=config.data.shuffle)
         self.prompts.skip(store.table.next_group)
-        self.feeder = Feeder(self.prompts, tokens, self.store)
+        self.feeder = Feeder(self.prompts, tokens, self.store, timeline)
 
         # The rollout engine completes them.
         assert config.rollout.timeout is not None, "a plan derives it"
         canary = tokens(plan.problems.train[0]) if config.attestation.samples else None
-        self.host = EngineHost(rollout, "rollout-0", rollout_timeout=config.rollout.timeout, canary=canary)
+        self.host = EngineHost(rollout, "rollout-0", timeline, rollout_timeout=config.rollout.timeout, canary=canary)
         fresh = FreshSamples(config.attestation.samples)
         self.rollout = RolloutWorker(
             schema.stages["rollout"],
             self.store,
             self.heartbeat,
+            timeline,
             host=self.host,
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
             max_concurrency=config.rollout.max_concurrency,
@@ -107,7 +110,7 @@ class Pipeline:
         # The reward functions score them.
         alarms = Alarms(recorder)
         self.reward = RewardWorker(
-            schema.stages["reward"], self.store, self.heartbeat, reward=plan.reward, alarms=alarms
+            schema.stages["reward"], self.store, self.heartbeat, timeline, reward=plan.reward, alarms=alarms
         )
 
         # A frozen policy says how likely their tokens were before any training, where there is a KL term.
@@ -118,6 +121,7 @@ class Pipeline:
                 schema.stages["reference"],
                 self.store,
                 self.heartbeat,
+                timeline,
                 engine=reference,
                 max_rows=config.train_batch_size,
                 max_tokens=config.reference.micro_batch_tokens,
@@ -132,6 +136,7 @@ class Pipeline:
             schema.stages["actor_update"],
             self.store,
             self.heartbeat,
+            timeline,
             engine=self.engine,
             channel=self.channel,
             recorder=recorder,
@@ -152,6 +157,7 @@ class Pipeline:
             reward=plan.reward,
             sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=0.0),
             recorder=recorder,
+            timeline=timeline,
             every=config.eval_every,
             since=store.table.learner.n,
         )
@@ -160,6 +166,7 @@ class Pipeline:
             self.channel,
             self.store,
             recorder,
+            timeline,
             mode=config.weights.update,
             on_served=self.evaluator.served,
             fresh=fresh,

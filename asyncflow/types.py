@@ -12,6 +12,7 @@ Worked example::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,6 +27,8 @@ Bools = NDArray[np.bool_]
 FinishReason = Literal["stop", "length"]
 UpdateMode = Literal["boundary", "in_flight"]
 KLEstimator = Literal["k1", "k2", "k3", "k3+"]
+Activity = Literal["busy", "idle", "blocked"]
+"""`busy`: it computes. `idle`: it has nothing to work on. `blocked`: it has work and may not go on with it."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -135,3 +138,35 @@ class Recorder(Protocol):
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Record `values` (JSON) as an event of this kind (`step`, `eval`, …). Raises OSError when the disk is full."""
+
+
+class Timeline(Protocol):
+    """Takes what the parts of a run do, and when. Thread-safe; microseconds a call, so that nobody need think twice.
+
+    A track is a part of the run (`feeder`, `rollout`, …), or a lane of many equal things (`generation/3`). A part is in
+    one activity until it enters the next, so its shares of time add up; what it does within is told in spans.
+    """
+
+    def now(self) -> float:
+        """Seconds from an arbitrary origin, for `record`."""
+
+    def enter(self, track: str, activity: Activity, cause: str = "") -> None:
+        """From now on the track is in this activity; nothing changes when it is already. `cause` names what a track
+        that is not busy waits for (`Table.awaited`)."""
+
+    def leave(self, track: str) -> None:
+        """From now on the track does not take part."""
+
+    def span(self, track: str, name: str, **args: Any) -> AbstractContextManager[None]:
+        """What is done inside is one piece of work of this name."""
+
+    def record(self, track: str, name: str, began: float, **args: Any) -> None:
+        """A piece of work that began at `began` ends now."""
+
+    def add(self, track: str, name: str, seconds: float) -> None:
+        """Time that goes into the shares under this name, and is no span."""
+
+    def lap(self) -> Mapping[str, float]:
+        """Shares of the time since the last lap, as metrics, 0 to 1: `stage/<track>/busy`, `…/idle`, `…/blocked`, of
+        the last two `…/wait_for/<cause>`, and `…/<name>` of each kind of span or added time. Keeps what was recorded
+        until here. Raises OSError when it cannot, because the disk is full for example."""

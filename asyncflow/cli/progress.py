@@ -15,6 +15,7 @@ from rich.text import Text
 from asyncflow.config import Config
 from asyncflow.launch import Run
 from asyncflow.plan import Plan, describe
+from asyncflow.report.bottleneck import LEARNER, ROLLOUT, in_words
 from asyncflow.runtime.local import Status
 from asyncflow.workers.base import Worker
 
@@ -100,6 +101,8 @@ class Progress:
                 f"held-out accuracy {summary.accuracy_before:.3f} → [bold]{summary.accuracy_after:.3f}[/bold] "
                 f"({gain:+.3f})"
             )
+        if summary.bottleneck is not None:
+            console.print(Text(summary.bottleneck))
         if run.weights is not None:
             console.print(Text(f"weights  {run.weights}"))
         console.print(Text(f"report   {run.report}"))
@@ -129,13 +132,9 @@ class Progress:
 
 def who_waits(status: Status) -> str:
     """In words: which side waits for which, at this moment."""
-    states, busy = status.counts.states, status.busy
-    generating = states["prompted"] + states["generating"]
-    if generating and not busy["actor_update"]:
-        return "the learner waits for completions"
-    if not generating and not status.counts.capacity and busy["actor_update"]:
-        return "generation waits for the learner: the staleness bound is reached"
-    return "nobody"
+    sides = (("the learner", status.doing.get(LEARNER)), ("generation", status.doing.get(ROLLOUT)))
+    waits = [f"{side} waits for {in_words(doing.cause)}" for side, doing in sides if doing and doing.cause]
+    return "; ".join(waits) or "nobody"
 
 
 class _Watch(Worker):

@@ -18,10 +18,13 @@ from typing import Any, TypeGuard
 
 from asyncflow.errors import LedgerError
 from asyncflow.report.audit import Audit, audit
+from asyncflow.report.bottleneck import diagnose, mean_shares
 from asyncflow.report.charts import Point, Series, histogram, line_chart, number, rolling, stacked_bars
+from asyncflow.report.gantt import Window, gantt, narrowed, stage_shares, windows
 from asyncflow.report.style import CSS
-from asyncflow.rundir import CONFIG, LEDGER, METRICS, REPORT, SUMMARY
+from asyncflow.rundir import CONFIG, LEDGER, METRICS, REPORT, SUMMARY, TRACE
 from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import Span, read_trace
 
 MAX_ROWS = 400
 """Steps in the table of numbers."""
@@ -71,6 +74,10 @@ class RunFiles:
     weights: Sequence[Mapping[str, Any]]
     served: Sequence[Mapping[str, Any]]
     alarms: Sequence[Mapping[str, Any]]
+    windows: Sequence[Window]
+    """Steps whose timeline could be shown, the widest first."""
+    spans: Sequence[Span]
+    """What happened in the widest of them."""
     audit: Audit | None
     audit_error: str
     """Why there is no audit."""
@@ -102,14 +109,22 @@ def read_run(run_dir: Path) -> RunFiles:
         books = audit(run_dir)
     except LedgerError as problem:
         error = str(problem).replace(f"{run_dir}{os.sep}", "") if (run_dir / LEDGER).is_file() else "there is none."
+    steps = read_metrics(metrics, "step")
+    shown = windows(steps)
     return RunFiles(
         config=_json(run_dir / CONFIG),
         summary=_json(run_dir / SUMMARY),
-        steps=read_metrics(metrics, "step"),
+        steps=steps,
         evals=read_metrics(metrics, "eval"),
         weights=read_metrics(metrics, "weights"),
         served=read_metrics(metrics, "served"),
         alarms=read_metrics(metrics, "alarm"),
+        windows=shown,
+        spans=list(
+            read_trace(run_dir / TRACE, began=min(one.began for one in shown), ended=max(one.ended for one in shown))
+        )
+        if shown
+        else [],
         audit=books,
         audit_error=error,
     )
@@ -121,6 +136,7 @@ def page(run: RunFiles) -> str:
     body = [
         f"<header>{_header(run, name)}</header><main>",
         f"<section><h2>Learning</h2><div class='charts'>{_reward(run)}{_ratios(run)}</div></section>",
+        f"<section><h2>Who waits for whom</h2><div class='charts'>{_shares(run)}{_timeline(run)}</div></section>",
         f"<section><h2>Staleness</h2><div class='charts'>{_staleness_histogram(run)}{_staleness(run)}</div></section>",
         f"<section><h2>Speed</h2><div class='charts'>{_times(run)}{_throughput(run)}</div></section>",
         f"<section class='account'><h2>Account of all samples</h2>{_account(run)}</section>",
@@ -156,7 +172,7 @@ def _header(run: RunFiles, name: str) -> str:
     return (
         f"<p class='eyebrow'>AsyncFlow run</p><h1>{escape(name)}</h1>"
         f"<p class='sub'>{escape(' · '.join(fact for fact in facts if fact))}</p>"
-        f"{_outcome(run)}{_alarms(run)}{_accuracy(run)}{_stats(run)}"
+        f"{_outcome(run)}{_alarms(run)}{_accuracy(run)}{_bottleneck(run)}{_stats(run)}"
     )
 
 
@@ -198,6 +214,12 @@ def _accuracy(run: RunFiles) -> str:
         f"<span class='after'>{shown[1]}</span>{gain}</p>"
         f"<p class='hero-label'>Held-out accuracy before and after{on}</p>"
     )
+
+
+def _bottleneck(run: RunFiles) -> str:
+    eta, update = run.config.get("max_staleness", 0), str(_section(run.config, "weights").get("update", ""))
+    sentence = diagnose(run.steps, max_staleness=eta if isinstance(eta, int) else 0, update=update)
+    return f"<p class='bottleneck'>{escape(sentence)}</p>" if sentence else ""
 
 
 def _stats(run: RunFiles) -> str:
@@ -329,6 +351,25 @@ def _times(run: RunFiles) -> str:
     layers = [(name, tone, [p for p in run.series(key) if p[0] in timed]) for key, name, tone in TIMES]
     complete = [layer for layer in layers if len(layer[2]) == len(timed)]
     return _figure(title, words, stacked_bars(complete, label=words))
+
+
+def _shares(run: RunFiles) -> str:
+    title, shares = "Time of each part", mean_shares(run.steps[1:] or run.steps)
+    if not any(shares.values()):
+        return _missing(title, "No step recorded what each part did.", wide=True)
+    picture, words = stage_shares(shares)
+    says = "All steps after the first one. Coloured: it computed. Grey: it had work and could not go on."
+    return _figure(title, says, f"<div role='img' aria-label='{escape(words)}'>{picture}</div>", wide=True)
+
+
+def _timeline(run: RunFiles) -> str:
+    title = "A few steps, and the long tail of their completions"
+    if not run.spans:
+        return _missing(title, "The run has no trace of these steps.", wide=True)
+    window, spans = narrowed(run.spans, run.windows)
+    picture, words = gantt(spans, window)
+    note = f"<p class='note'>The whole run is in <code>{TRACE}</code>: open it in Perfetto or chrome://tracing.</p>"
+    return _figure(title, words, picture, note, wide=True)
 
 
 def _throughput(run: RunFiles) -> str:
@@ -467,6 +508,11 @@ def _json(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -67,9 +67,26 @@ figure h4 { margin: 1.25rem 0 0; font-size: .8125rem; font-weight: 500; color: v
 .plot .y { position: relative; width: calc(var(--y) + .75rem); }
 .plot .y span { position: absolute; right: .75rem; transform: translateY(50%); white-space: nowrap; }
 .plot .x { grid-column: 2; position: relative; height: 1.5rem; }
-.plot .x span { position: absolute; top: .625rem; transform: translateX(-50%); }
+.plot .x span { position: absolute; top: .625rem; transform: translateX(-50%); white-space: nowrap; }
 .plot .tag { position: absolute; right: 0; margin-bottom: .3125rem; color: var(--ink); }
 .plot .tag.upright { right: auto; margin: 0 0 0 .5rem; white-space: nowrap; }
+.plot.gantt { font-size: .6875rem; }
+.wide .plot.gantt .area { height: auto; border-left: 1px solid var(--rule); }
+.plot.gantt .y + .area + .y, .plot.gantt .y + .area + .y + .area { margin-top: .75rem; }
+.plot.gantt .version { position: absolute; top: -.875rem; transform: translateX(-50%); color: var(--ink); }
+svg .published { stroke: var(--ink); stroke-width: 1; opacity: .55; }
+svg .loaded { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 2 3; opacity: .55; }
+.key.dashed { border-top: 2px dotted var(--ink); }
+.bottleneck { margin-top: 2.25rem; padding-left: 1rem; border-left: 3px solid var(--accent); max-width: 44rem;
+  font-size: 1.125rem; line-height: 1.5; }
+.shares { margin-top: 1rem; display: grid; gap: .875rem; font-size: .875rem; }
+.share { display: grid; grid-template-columns: 8rem minmax(0, 1fr) minmax(0, 1.4fr); gap: 0 1.25rem;
+  align-items: center; color: var(--soft); }
+.share b { font-weight: 500; color: var(--ink); }
+.share .bar { display: flex; height: .75rem; background: var(--wash); }
+.share .bar i { background: currentColor; }
+@media (max-width: 52rem) { .share { grid-template-columns: 7rem minmax(0, 1fr); } .share span:last-child {
+  grid-column: 1 / -1; } }
 .plot .count { position: absolute; transform: translateX(-50%); padding-bottom: .375rem; color: var(--ink); }
 svg path { fill: none; vector-effect: non-scaling-stroke; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }

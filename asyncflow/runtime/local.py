@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +30,13 @@ from asyncflow.errors import AsyncFlowError, CheckpointError, ConfigError, Contr
 from asyncflow.pipeline import Pipeline, open_store, reopen_store
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan
-from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SAMPLES, SUMMARY, WEIGHTS
+from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SAMPLES, SUMMARY, TRACE, WEIGHTS
 from asyncflow.runtime.checkpoint import Checkpoint, Checkpointer, read, remove_unfinished
 from asyncflow.runtime.control import ControlServer
 from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
 from asyncflow.runtime.samples import SampleLog
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
+from asyncflow.runtime.timeline import Doing, TraceTimeline
 from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts
 from asyncflow.types import PolicyVersion
@@ -51,8 +52,8 @@ class Status:
     """A run at one moment."""
 
     counts: Counts
-    busy: Mapping[str, bool]
-    """Worker → whether it does something, rather than waiting for it."""
+    doing: Mapping[str, Doing]
+    """Worker → what it does, or waits for."""
 
 
 Watch = Callable[[Callable[[], Status]], Worker]
@@ -78,6 +79,8 @@ class Summary:
     """Folder of the final weights in Hugging Face format, within the run directory."""
     digest: str | None = None
     """Of the last published weights."""
+    bottleneck: str | None = None
+    """What held the run up, and what to do about it; None when there were too few steps to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +103,21 @@ def run_local(
     going_on: GoingOn | None = None,
     listeners: Sequence[Listener] = (),
     watch: Watch | None = None,
+    diagnose: Callable[[Path], str | None],
     at_end: Callable[[Path], object],
 ) -> tuple[Summary, BaseException | None]:
     """Run to the end and say how it ended, and because of which error if it failed.
 
-    KeyboardInterrupt (Ctrl-C) and SIGTERM stop the run in order. `at_end` gets the run directory when all is written.
-    Raises ConfigError when `run_dir` holds something already and the run is a new one, or when another process has it.
+    KeyboardInterrupt (Ctrl-C) and SIGTERM stop the run in order. `diagnose` says from the run directory what held the
+    run up; `at_end` gets it when all is written. Raises ConfigError when `run_dir` holds something already and the run
+    is a new one, or when another process has it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     if going_on is None and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir} is not empty: name another run_dir")
     with held(run_dir):
-        return _carry_out(_Run(plan, run_dir, going_on, listeners, watch), plan.config.learner.cores, at_end)
+        run = _Run(plan, run_dir, going_on, listeners, watch)
+        return _carry_out(run, plan.config.learner.cores, diagnose, at_end)
 
 
 @contextmanager
@@ -131,7 +137,10 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _carry_out(
-    run: _Run, cores: tuple[int, ...] | None, at_end: Callable[[Path], object]
+    run: _Run,
+    cores: tuple[int, ...] | None,
+    diagnose: Callable[[Path], str | None],
+    at_end: Callable[[Path], object],
 ) -> tuple[Summary, BaseException | None]:
     outcome: Outcome = "finished"
     failure: BaseException | None = None
@@ -144,6 +153,9 @@ def _carry_out(
         except Exception as error:
             outcome, failure = "failed", error
         summary = run.close(outcome, failure)
+        found: list[str | None] = []
+        if _attempt("find the bottleneck", lambda: found.append(diagnose(run.run_dir))):
+            summary = replace(summary, bottleneck=found[0])
         (run.run_dir / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
         _attempt("write the report", lambda: at_end(run.run_dir))
     return summary, failure
@@ -171,6 +183,7 @@ class _Run:
         for listener in listeners:
             self._metrics.listen(listener)
         self._samples: SampleLog | None = None
+        self._timeline = TraceTimeline(run_dir / TRACE)
         self._supervisor = Supervisor()
         self._store: Store | None = None
         self._pipeline: Pipeline | None = None
@@ -194,9 +207,11 @@ class _Run:
             learner=learner if learner is not None else self._plan.make_learner(),
             reference=self._plan.make_reference() if self._plan.make_reference is not None else None,
             recorder=self._metrics,
+            timeline=self._timeline,
             after_step=self._after_step,
             on_done=self._supervisor.finish,
         )
+        self._timeline.order(worker.name for worker in pipeline.workers)
         self._checkpointer = self._make_checkpointer(pipeline, self._store)
         pipeline.host.start()
         pipeline.learner.publish()
@@ -213,6 +228,7 @@ class _Run:
         self._phase = "evaluating"
         if stuck := self._supervisor.stop(pipeline.interrupt):
             raise RunFailed(f"{', '.join(stuck)} did not stop after the last step")
+        self._timeline.leave_all()
         self._supervisor.check()
         pipeline.weights.follow(0)
         self._accuracy["after"] = pipeline.evaluator.evaluate(pipeline.learner.version.n)
@@ -305,8 +321,9 @@ class _Run:
                 "quarantined": counts.quarantined,
                 "open": dict(counts.states),
             }
-        if (pipeline := self._pipeline) is not None:
-            values["busy"] = [worker.name for worker in pipeline.workers if worker.busy]
+        doing = self._timeline.doing()
+        values["busy"] = [name for name, at in doing.items() if at.activity == "busy"]
+        values["waits_for"] = {name: at.cause for name, at in doing.items() if at.cause}
         return values
 
     def pause(self) -> None:
@@ -340,7 +357,7 @@ class _Run:
     def _guards(self, pipeline: Pipeline) -> list[Worker]:
         guards: list[Worker] = [FailureLimit(pipeline.store, self._plan.config.max_failed_share)]
         if self._watch is not None:
-            guards.append(self._watch(lambda: status(pipeline)))
+            guards.append(self._watch(lambda: Status(counts=pipeline.store.counts(), doing=self._timeline.doing())))
         return guards
 
     def close(self, outcome: Outcome, failure: BaseException | None) -> Summary:
@@ -379,6 +396,7 @@ class _Run:
         if self._samples is not None:
             _attempt("write the last samples", self._samples.close)
         _attempt("close the metrics", self._metrics.close)
+        _attempt("close the timeline", self._timeline.close)
         return Summary(
             outcome=outcome,
             reason=reason,
@@ -408,11 +426,6 @@ class _Run:
         trace = "" if foreseen else "".join(traceback.format_exception(failure))
         self._metrics.log("failure", {"reason": str(failure), "type": type(root).__name__, "traceback": trace})
         logger.error("the run failed: %s", failure, exc_info=None if foreseen else failure)
-
-
-def status(pipeline: Pipeline) -> Status:
-    """How a pipeline is doing right now."""
-    return Status(counts=pipeline.store.counts(), busy={worker.name: worker.busy for worker in pipeline.workers})
 
 
 def _attempt(what: str, action: Callable[[], object]) -> bool:

@@ -181,6 +181,12 @@ class Store:
         self._journal.sync()
         return lsn
 
+    def awaited(self, topic: str) -> str:
+        if topic not in self._changed:
+            raise StoreError(f"there is no stage {topic!r}; the stages are {', '.join(self._schema.stages)}")
+        with self._operation():
+            return self.table.awaited(topic)
+
     def counts(self) -> Counts:
         with self._lock:
             table = self.table

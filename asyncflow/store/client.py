@@ -151,6 +151,10 @@ class StoreClient(Protocol):
     def waited_for(self) -> tuple[Waited, ...]:
         """The samples of the step under way that are not ready for the learner yet."""
 
+    def awaited(self, topic: str) -> str:
+        """What a stage that finds nothing ready waits for, or the feeder (`admission`) that finds no room: a stage,
+        `feeder`, `bound`, `weights` or `end` (`Table.awaited`). Raises StoreError for a stage that there is not."""
+
     def counts(self) -> Counts:
         """The account, at one moment."""
 

@@ -84,6 +84,13 @@ class Schema:
     def bit(self, column: str) -> int:
         return self._bits[column]
 
+    def next_writer(self, have: int, wanted: int) -> str:
+        """The stage that has to act next before a sample that has these columns can have `wanted`, which it lacks."""
+        missing = wanted & ~have
+        writer = next(stage.name for stage in self.stages.values() if self.writes[stage.name] & missing)
+        unmet = self.needs[writer] & ~have
+        return self.next_writer(have, unmet) if unmet else writer
+
     def _only(self, role: Role) -> Stage:
         found = [stage for stage in self.stages.values() if stage.role == role]
         if len(found) != 1:

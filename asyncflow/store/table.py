@@ -45,6 +45,13 @@ SKIPPED = "zero_variance_skipped"
 ADMISSION = "admission"
 """Topic of those who wait for room; stages wait under their own names."""
 
+FEEDER = "feeder"
+BOUND = "bound"
+WEIGHTS = "weights"
+END = "end"
+"""What is waited for, besides stages: the next prompt; a commit, because the staleness bound is reached; an engine that
+serves newer weights; nothing, because the last step has all of its samples."""
+
 
 @dataclass(slots=True)
 class Row:
@@ -149,13 +156,48 @@ class Table:
         A group holds its places until its last row has ended: a lost row still counts towards the step that trains
         the rest of its group, so freeing its place early would let one sample too many in.
         """
+        return max(0, self._room()[0])
+
+    def _room(self) -> tuple[int, str]:
+        """Samples that may be admitted now, below zero when there are too many, and what sets this limit."""
         if not self.served:
-            return 0
+            return 0, WEIGHTS
         batch, places = self.terms.train_batch_size, len(self.groups) * self.group_size
         room = self.most_generated - places
         if self.terms.last_version is not None:
-            room = min(room, (self.terms.last_version - self.learner.n) * batch - places)
-        return max(0, room)
+            left = (self.terms.last_version - self.learner.n) * batch - places
+            if left <= room:
+                return left, END
+        lags = room < self.group_size <= self.most_open - places
+        return room, WEIGHTS if lags else BOUND
+
+    def awaited(self, topic: str) -> str:
+        """What a stage that has nothing to do, or ADMISSION that has no room, waits for.
+
+        A stage (`rollout`, `reward`, …) that has yet to bring its columns; or, where no sample is on its way: FEEDER,
+        BOUND, WEIGHTS or END. Of several, what most groups of the training stage's step wait for.
+        """
+        generate = self.schema.generate.name
+        if topic not in (ADMISSION, generate):
+            if waits := self._missing(topic):
+                return waits.most_common(1)[0][0]
+            if self.states[State.PROMPTED] + self.states[State.GENERATING]:
+                return generate
+        room, limit = self._room()
+        return FEEDER if room >= self.group_size else limit
+
+    def _missing(self, stage: str) -> Counter[str]:
+        """Groups of the training stage's step that lack columns for `stage`, by the stage that has yet to act."""
+        waits: Counter[str] = Counter()
+        needs = self.schema.needs[stage]
+        if not needs & ~self.schema.prompt_mask & ~self.schema.writes[self.schema.generate.name]:
+            return waits  # it needs nothing but completions: no look at the groups is necessary
+        for members in islice(self.groups.values(), self.terms.train_batch_size // self.group_size):
+            columns = {self.rows[sample_id].columns for sample_id in members}
+            missing = {self.schema.next_writer(have, needs) for have in columns if needs & ~have}
+            # A group is as far as its slowest row.
+            waits.update([next(name for name in self.schema.stages if name in missing)] if missing else [])
+        return waits
 
     def staleness(self, row: Row) -> int:
         """Learner version before the step minus the version of the row's oldest token; 0 without tokens."""

@@ -25,7 +25,7 @@ from asyncflow.engines.base import LearnerEngine, OptimStats
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import Stage
-from asyncflow.types import PolicyVersion, Recorder, TrainSample
+from asyncflow.types import PolicyVersion, Recorder, Timeline, TrainSample
 from asyncflow.workers.arrow import floats, ragged, strings
 from asyncflow.workers.attestation import Attestation
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
@@ -77,6 +77,7 @@ class ActorUpdate(StageWorker):
         stage: Stage,
         store: StoreClient,
         heartbeat: Heartbeat,
+        timeline: Timeline,
         *,
         engine: LearnerEngine,
         channel: WeightChannel,
@@ -91,7 +92,7 @@ class ActorUpdate(StageWorker):
         """`after_step` is called with each new version when it is committed and published, `on_done` after the last.
         `take_turn` returns once the engine leaves the machine to the learner, until the next publication.
         """
-        super().__init__(stage, store, heartbeat)
+        super().__init__(stage, store, heartbeat, timeline)
         self._engine = engine
         self._channel = channel
         self._recorder = recorder
@@ -106,6 +107,8 @@ class ActorUpdate(StageWorker):
         self._max_refill = config.groups_per_step if config.max_refill is None else config.max_refill
         self.version = PolicyVersion(n=0)
         """Of the weights that the engine holds."""
+        self.computing = False
+        """Whether it works on a lease right now."""
         self.passes = 0
         """Forward and backward passes, and updates, so far."""
         self._step: Step | None = None
@@ -130,7 +133,8 @@ class ActorUpdate(StageWorker):
     def publish(self) -> None:
         """Put the current weights into the channel under the current version."""
         began = time.monotonic()
-        snapshot = self._channel.publish(self.version, self._engine.export_weights())
+        with self.timeline.span(self.name, "publish", version=str(self.version)):
+            snapshot = self._channel.publish(self.version, self._engine.export_weights())
         self._attestation.published(snapshot)
         self._recorder.log(
             "weights",
@@ -147,6 +151,7 @@ class ActorUpdate(StageWorker):
 
     def turn(self) -> None:
         if self._step is None:
+            self.timeline.lap()
             self._step = Step(began=time.monotonic())
         super().turn()
 
@@ -154,6 +159,13 @@ class ActorUpdate(StageWorker):
         self._attestation.while_idle()
 
     def process(self, held: HeldLease) -> None:
+        self.computing = True
+        try:
+            self._process(held)
+        finally:
+            self.computing = False
+
+    def _process(self, held: HeldLease) -> None:
         step = self._step
         assert step is not None, "a turn begins a step"
         step.held.append(held)
@@ -221,7 +233,8 @@ class ActorUpdate(StageWorker):
         version = replace(self.version, n=self.version.n + 1)
         sync_began = time.monotonic()
         leases = [held.lease.lease_id for held in step.held]
-        self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
+        with self.timeline.span(self.name, "commit", version=str(version)):
+            self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
         for held in step.held:
             held.forget([row.sample_id for row in held.lease.rows])
         self.version = version
@@ -241,7 +254,9 @@ class ActorUpdate(StageWorker):
             return
         if not self._one_update:
             began = time.monotonic()
-            proximal = [logprobs for part in self._micro_batches(samples) for logprobs in self._engine.logprobs(part)]
+            with self.timeline.span(self.name, "logprobs", samples=len(samples)):
+                parts = [self._engine.logprobs(part) for part in self._micro_batches(samples)]
+            proximal = [logprobs for part in parts for logprobs in part]
             step.forward_backward_s += time.monotonic() - began
             samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, proximal, strict=True)]
         for _ in range(self._config.epochs_per_step):
@@ -256,14 +271,16 @@ class ActorUpdate(StageWorker):
         if not tokens:
             return
         began = time.monotonic()
-        step.sums = merge(step.sums, self._engine.forward_backward(samples))
+        with self.timeline.span(self.name, "forward_backward", samples=len(samples), tokens=tokens):
+            step.sums = merge(step.sums, self._engine.forward_backward(samples))
         step.forward_backward_s += time.monotonic() - began
         step.denominator += tokens
         self.passes += 1
 
     def _update(self, step: Step) -> None:
         began = time.monotonic()
-        step.updates.append(self._engine.optim_step(step.denominator))
+        with self.timeline.span(self.name, "optimizer"):
+            step.updates.append(self._engine.optim_step(step.denominator))
         step.optim_s += time.monotonic() - began
         step.denominator = 0
         self.passes += 1
@@ -302,6 +319,7 @@ class ActorUpdate(StageWorker):
                 "skipped": len(step.skipped),
                 "refilled_groups": step.refilled,
                 "sample/staleness_mean": float(np.mean(step.staleness)) if step.staleness else 0.0,
+                "sample/staleness_p95": float(np.percentile(step.staleness, 95)) if step.staleness else 0.0,
                 "sample/staleness_max": max(step.staleness, default=0),
                 "sample/version_spans": step.spans,
                 "updates": len(step.updates),
@@ -316,6 +334,7 @@ class ActorUpdate(StageWorker):
                 "perf/weight_sync_s": weight_sync_s,
                 "rollout/generated_tok_s": (generated - self._generated_before) / seconds,
                 "rollout/completions_s": len(step.lengths) / seconds,
+                **self.timeline.lap(),
             },
         )
         self._generated_before = generated

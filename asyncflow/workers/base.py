@@ -18,11 +18,15 @@ import pyarrow as pa
 from asyncflow.errors import Closed, LeaseLost
 from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import Stage
+from asyncflow.types import Timeline
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 0.5
 """Seconds for which a turn waits for something to do, before it looks whether the run is being stopped."""
+
+PAUSE = "pause"
+"""What a worker waits for while the run is paused."""
 
 LEASE_TTL = 30.0
 """Seconds after which the rows of a worker that gives no sign of life go to another one."""
@@ -34,16 +38,13 @@ class Worker(ABC):
     name: str
     pauses: ClassVar[bool] = False
     """Whether it makes no turns while the run is paused: who starts something does, who finishes something does not."""
-    _processing = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is doing something, rather than waiting for it."""
-        return self._processing
 
     @abstractmethod
     def turn(self) -> None:
         """Wait at most about `PATIENCE` seconds for something to do, and do it."""
+
+    def paused(self) -> None:  # noqa: B027
+        """Called from time to time while the run is paused."""
 
     def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
         """Make turns until the run stops or the store closes; those who pause make none while `going` is not set.
@@ -52,8 +53,11 @@ class Worker(ABC):
         """
         try:
             while not stopping.is_set():
-                if going is None or not self.pauses or going.wait(PATIENCE):
+                if going is None or not self.pauses or going.is_set():
                     self.turn()
+                else:
+                    self.paused()
+                    going.wait(PATIENCE)
         except Closed:
             if not stopping.is_set():
                 raise
@@ -164,11 +168,12 @@ class Heartbeat(Worker):
 class StageWorker(Worker):
     """A worker of one stage of the pipeline."""
 
-    def __init__(self, stage: Stage, store: StoreClient, heartbeat: Heartbeat) -> None:
+    def __init__(self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, timeline: Timeline) -> None:
         self.name = stage.name
         self.stage = stage
         self.store = store
         self.heartbeat = heartbeat
+        self.timeline = timeline
 
     @abstractmethod
     def process(self, held: HeldLease) -> None:
@@ -185,28 +190,43 @@ class StageWorker(Worker):
     def idle(self) -> None:
         """Called when a turn has found nothing to do."""
 
+    def working(self) -> None:
+        """Say in the timeline that there is something to do."""
+        self.timeline.enter(self.name, "busy")
+
+    def waiting(self) -> None:
+        """Say in the timeline that there is nothing to do, and why."""
+        self.timeline.enter(self.name, "idle", self.store.awaited(self.name))
+
+    def paused(self) -> None:
+        self.timeline.enter(self.name, "blocked", PAUSE)
+
     def turn(self) -> None:
         room = self.room()
         if not room:
             return
-        lease = self.store.lease(
-            self.stage.name,
-            worker=self.name,
-            max_rows=room,
-            max_tokens=self.max_tokens(),
-            ttl=self.heartbeat.ttl,
-            timeout=PATIENCE,
-        )
+        lease = self._lease(room, 0.0)
+        if lease is None:
+            self.waiting()
+            lease = self._lease(room, PATIENCE)
         if lease is None:
             self.idle()
             return
+        self.working()
         held = HeldLease(lease, self.store, self.heartbeat)
-        self._processing = True
         try:
             self.process(held)
         except BaseException as error:
             if not isinstance(error, Closed):
                 held.nack_rest(f"{self.name} failed: {type(error).__name__}: {error}")
             raise
-        finally:
-            self._processing = False
+
+    def _lease(self, room: int, timeout: float) -> Lease | None:
+        return self.store.lease(
+            self.name,
+            worker=self.name,
+            max_rows=room,
+            max_tokens=self.max_tokens(),
+            ttl=self.heartbeat.ttl,
+            timeout=timeout,
+        )

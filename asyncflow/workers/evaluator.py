@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from asyncflow.engines.base import GenerationRequest
 from asyncflow.errors import EngineError, RewardTimeout
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
-from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling
+from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.base import PATIENCE, Worker
 from asyncflow.workers.rollout import EngineHost
 
@@ -34,6 +34,7 @@ class Evaluator(Worker):
         reward: Reward,
         sampling: Sampling,
         recorder: Recorder,
+        timeline: Timeline,
         every: int,
         since: int = 0,
     ) -> None:
@@ -44,6 +45,7 @@ class Evaluator(Worker):
         self._reward = reward
         self._sampling = sampling
         self._recorder = recorder
+        self._timeline = timeline
         self._every = every
         self._due = (since // every + 1) * every if every else 0
         self._asked: queue.SimpleQueue[PolicyVersion] = queue.SimpleQueue()
@@ -62,11 +64,7 @@ class Evaluator(Worker):
             version = self._asked.get(timeout=PATIENCE)
         except queue.Empty:
             return
-        self._processing = True
-        try:
-            self.evaluate(version.n)
-        finally:
-            self._processing = False
+        self.evaluate(version.n)
 
     def evaluate(self, step: int) -> float | None:
         """Share of the held-out problems that are solved: the first reward function gives at least 1.
@@ -76,6 +74,13 @@ class Evaluator(Worker):
         """
         if not self._problems:
             return None
+        self._timeline.enter(self.name, "busy")
+        try:
+            return self._evaluate(step)
+        finally:
+            self._timeline.leave(self.name)
+
+    def _evaluate(self, step: int) -> float:
         began = time.monotonic()
         futures = [
             self._host.submit(

@@ -10,8 +10,9 @@ import pyarrow as pa
 from asyncflow.data import PromptStream
 from asyncflow.store.client import StoreClient
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS
-from asyncflow.types import Int32s, Prompt
-from asyncflow.workers.base import PATIENCE, Worker
+from asyncflow.store.table import ADMISSION
+from asyncflow.types import Int32s, Prompt, Timeline
+from asyncflow.workers.base import PATIENCE, PAUSE, Worker
 
 
 class Feeder(Worker):
@@ -20,17 +21,27 @@ class Feeder(Worker):
     name = "feeder"
     pauses = True
 
-    def __init__(self, prompts: PromptStream, tokenise: Callable[[Prompt], Int32s], store: StoreClient) -> None:
+    def __init__(
+        self, prompts: PromptStream, tokenise: Callable[[Prompt], Int32s], store: StoreClient, timeline: Timeline
+    ) -> None:
         self._prompts = prompts
         self._tokenise = tokenise
         self._store = store
+        self._timeline = timeline
         self._next: pa.RecordBatch | None = None
+
+    def paused(self) -> None:
+        self._timeline.enter(self.name, "blocked", PAUSE)
 
     def turn(self) -> None:
         if self._next is None:
+            self._timeline.enter(self.name, "busy")
             self._next = self._columns(self._prompts.next())
-        if self._store.admit(self._next, timeout=PATIENCE) is not None:
-            self._next = None
+        if self._store.admit(self._next, timeout=0.0) is None:
+            self._timeline.enter(self.name, "blocked", self._store.awaited(ADMISSION))
+            if self._store.admit(self._next, timeout=PATIENCE) is None:
+                return
+        self._next = None
 
     def _columns(self, prompt: Prompt) -> pa.RecordBatch:
         values = {

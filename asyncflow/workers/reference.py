@@ -16,7 +16,7 @@ from asyncflow.engines.base import ScorerEngine
 from asyncflow.errors import EngineError
 from asyncflow.store.client import Lease, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
-from asyncflow.types import Floats, TokenSample
+from asyncflow.types import Floats, Timeline, TokenSample
 from asyncflow.workers.arrow import ragged
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 
@@ -35,6 +35,7 @@ class ReferenceWorker(StageWorker):
         stage: Stage,
         store: StoreClient,
         heartbeat: Heartbeat,
+        timeline: Timeline,
         *,
         engine: ScorerEngine,
         max_rows: int,
@@ -45,7 +46,7 @@ class ReferenceWorker(StageWorker):
         """`max_rows`, `max_tokens` (prompt and response) bound a lease; one sample is always taken. `cores`: where its
         thread computes; None is where it is started. `turn` is entered for as long as it computes.
         """
-        super().__init__(stage, store, heartbeat)
+        super().__init__(stage, store, heartbeat, timeline)
         self._engine = engine
         self._max_rows = max_rows
         self._max_tokens = max_tokens

@@ -11,7 +11,7 @@ from asyncflow.errors import RewardTimeout
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
 from asyncflow.store.client import Lease, LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
-from asyncflow.types import Prompt
+from asyncflow.types import Prompt, Timeline
 from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.arrow import ragged, strings
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
@@ -21,9 +21,16 @@ class RewardWorker(StageWorker):
     """Consumes completions, produces rewards. Waits for completions; a sequence that ends makes one."""
 
     def __init__(
-        self, stage: Stage, store: StoreClient, heartbeat: Heartbeat, *, reward: Reward, alarms: Alarms
+        self,
+        stage: Stage,
+        store: StoreClient,
+        heartbeat: Heartbeat,
+        timeline: Timeline,
+        *,
+        reward: Reward,
+        alarms: Alarms,
     ) -> None:
-        super().__init__(stage, store, heartbeat)
+        super().__init__(stage, store, heartbeat, timeline)
         self._reward = reward
         self._alarms = alarms
 

@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,10 +25,11 @@ import pyarrow as pa
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.engines.base import GenerationRequest, RolloutEngine, Served, WeightSnapshot
 from asyncflow.engines.weights.channel import WeightChannel
-from asyncflow.errors import EngineError, PromptTooLong, WeightsError
+from asyncflow.errors import Closed, EngineError, PromptTooLong, WeightsError
 from asyncflow.store.client import LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
-from asyncflow.types import Completion, Int32s, PolicyVersion, Recorder, Sampling, UpdateMode
+from asyncflow.store.table import WEIGHTS
+from asyncflow.types import Completion, Int32s, PolicyVersion, Recorder, Sampling, Timeline, UpdateMode
 from asyncflow.workers.arrow import ragged
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Heartbeat, HeldLease, StageWorker, Worker
@@ -49,6 +52,17 @@ REMEMBERED = 256
 """Completions whose duration is remembered."""
 
 
+PUBLISHER, DRAINED = "actor_update", "rollout"
+"""Whom a weight follower waits for: until there is a version, and until the engine may take it."""
+
+LANE = "generation"
+"""Lanes of the timeline with one sequence after the other, as many as run at the same time."""
+
+
+EMPTIED = "emptied"
+"""Share of the engine's places that stood empty because it took new weights at a boundary."""
+
+
 class EngineHost:
     """Runs one rollout engine on an event loop of its own thread, and keeps updates and generation in order.
 
@@ -60,6 +74,7 @@ class EngineHost:
         self,
         engine: RolloutEngine,
         name: str,
+        timeline: Timeline,
         *,
         rollout_timeout: float = GENERATE_TIMEOUT,
         canary: Int32s | None = None,
@@ -69,6 +84,7 @@ class EngineHost:
         `canary`: a prompt that is completed after each load, before anything else at a boundary."""
         self.engine = engine
         self.name = name
+        self._timeline = timeline
         self.finished = 0
         """Completions so far, those of evaluations included."""
         self.canary: tuple[Int32s, Completion] | None = None
@@ -87,6 +103,8 @@ class EngineHost:
         self._suspended = False
         self._asleep = False
         self._ending = False
+        self.swapped = (0.0, 0.0)
+        """When the gate was last closed for new weights, and opened again; on the timeline's clock."""
         self._running = 0
         self._generating: set[asyncio.Task[Any]] = set()
         self._controls: set[asyncio.Future[Any]] = set()
@@ -96,9 +114,15 @@ class EngineHost:
         self._thread.start()
         self._call(self._controlled(self.engine.start()), START_TIMEOUT, "start")
 
-    def submit(self, request: GenerationRequest) -> Future[Completion]:
-        """Ask for one completion; the future fails with what the engine raises."""
-        return asyncio.run_coroutine_threadsafe(self._generate(request), self._loop)
+    @property
+    def swapping(self) -> bool:
+        """Whether requests wait at the gate for new weights."""
+        return self._swapping
+
+    def submit(self, request: GenerationRequest, started: Callable[[], None] = lambda: None) -> Future[Completion]:
+        """Ask for one completion; the future fails with what the engine raises. `started` is called, in the engine's
+        thread, when the request has passed the gate."""
+        return asyncio.run_coroutine_threadsafe(self._generate(request, started), self._loop)
 
     def began(self) -> dict[str, float]:
         """When each request that the engine has now went into it, on the clock's monotonic time."""
@@ -164,7 +188,7 @@ class EngineHost:
             if not self._thread.is_alive():
                 self._loop.close()
 
-    async def _generate(self, request: GenerationRequest) -> Completion:
+    async def _generate(self, request: GenerationRequest, started: Callable[[], None]) -> Completion:
         task = asyncio.current_task()
         assert task is not None
         self._generating.add(task)
@@ -175,6 +199,7 @@ class EngineHost:
             with self._lock:
                 began = self._began[request.request_id] = self._clock.monotonic()
             try:
+                started()
                 async with asyncio.timeout(GENERATE_TIMEOUT):
                     completion = await self.engine.generate(request)
                 with self._lock:
@@ -192,23 +217,30 @@ class EngineHost:
 
     async def _load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         if mode == "in_flight":
-            served = await self.engine.load_weights(snapshot, mode)
-            await self._sing()
-            return served
+            return await self._bring_in(snapshot, mode)
+        closed = self._timeline.now()
         try:
             async with self._gate:
                 self._swapping = True
-                await self._gate.wait_for(lambda: self._running == 0)
+                self._timeline.enter(WEIGHTS, "blocked", DRAINED)
+                with self._timeline.span(WEIGHTS, "drain", version=str(snapshot.version)):
+                    await self._gate.wait_for(lambda: self._running == 0)
+                self._timeline.enter(WEIGHTS, "busy")
             if self._asleep:
                 await self.engine.wake()
                 self._asleep = False
-            served = await self.engine.load_weights(snapshot, mode)
-            await self._sing()
-            return served
+            return await self._bring_in(snapshot, mode)
         finally:
             async with self._gate:
                 self._swapping = self._suspended = False
+                self.swapped = closed, self._timeline.now()
                 self._gate.notify_all()
+
+    async def _bring_in(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
+        with self._timeline.span(WEIGHTS, "load", version=str(snapshot.version)):
+            served = await self.engine.load_weights(snapshot, mode)
+            await self._sing()
+        return served
 
     async def _sing(self) -> None:
         """Complete the canary prompt."""
@@ -293,13 +325,18 @@ class UnderWay:
 class _Asked:
     """One completion that was asked for."""
 
+    held: HeldLease
     row: LeasedRow
     request: GenerationRequest
     epoch: int
     """Of the weights' loading, see `FreshSamples`."""
-    future: Future[Completion]
+    future: Future[Completion] = field(default_factory=Future)
     given_up: str = ""
     """Why it was cancelled."""
+    lane: int = -1
+    """Where it stands in the timeline; below 0 before it has started."""
+    began: float = 0.0
+    """On the timeline's clock."""
 
 
 class RolloutWorker(StageWorker):
@@ -312,6 +349,7 @@ class RolloutWorker(StageWorker):
         stage: Stage,
         store: StoreClient,
         heartbeat: Heartbeat,
+        timeline: Timeline,
         *,
         host: EngineHost,
         sampling: Sampling,
@@ -319,21 +357,21 @@ class RolloutWorker(StageWorker):
         seed: int | None,
         fresh: FreshSamples,
     ) -> None:
-        super().__init__(stage, store, heartbeat)
+        super().__init__(stage, store, heartbeat, timeline)
         self._host = host
         self._sampling = sampling
         self._seed = seed
         self._fresh = fresh
         self._places = self._free = max_concurrency
+        self._lanes = list(range(max_concurrency))
+        """Free ones, a heap: what little runs stands in the first ones."""
+        self._emptied = [timeline.now()] * max_concurrency
+        """When the last sequence left each lane."""
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._asked: dict[str, _Asked] = {}
         self.generated_tokens = 0
         """Response tokens so far."""
-
-    @property
-    def busy(self) -> bool:
-        return self._free < self._places
 
     def room(self) -> int:
         with self._changed:
@@ -346,12 +384,15 @@ class RolloutWorker(StageWorker):
         prompts = ragged(held.lease.data.column("prompt_ids"))
         with self._changed:
             self._free -= len(held.lease.rows)
+            if self._host.swapping:
+                self._rest()
         for row, prompt_ids in zip(held.lease.rows, prompts, strict=True):
-            request, epoch = self._request(row, prompt_ids), self._fresh.epoch
-            asked = _Asked(row=row, request=request, epoch=epoch, future=self._host.submit(request))
+            request = self._request(row, prompt_ids)
+            asked = _Asked(held=held, row=row, request=request, epoch=self._fresh.epoch)
             with self._changed:
                 self._asked[request.request_id] = asked
-            asked.future.add_done_callback(lambda _, asked=asked: self._finish(held, asked))  # type: ignore[misc]
+                asked.future = self._host.submit(request, partial(self._start, asked))
+            asked.future.add_done_callback(lambda _, asked=asked: self._finish(asked))  # type: ignore[misc]
 
     def under_way(self) -> list[UnderWay]:
         """The samples that the engine has now; those that wait to be let in are not among them."""
@@ -379,6 +420,36 @@ class RolloutWorker(StageWorker):
         if asked is not None:
             asked.future.cancel()
 
+    def working(self) -> None:
+        """It is busy while a sequence runs: `_start` says so."""
+
+    def waiting(self) -> None:
+        with self._changed:
+            self._rest()
+
+    def paused(self) -> None:
+        with self._changed:
+            if len(self._lanes) == self._places:
+                super().paused()
+
+    def _rest(self) -> None:
+        """Say in the timeline why nothing runs, when that is so. Under the lock."""
+        if len(self._lanes) == self._places:
+            if self._free < self._places:
+                self.timeline.enter(self.name, "blocked", WEIGHTS)
+            else:
+                self.timeline.enter(self.name, "idle", self.store.awaited(self.name))
+
+    def _start(self, asked: _Asked) -> None:
+        """Runs in the engine's thread when a sequence begins."""
+        with self._changed:
+            asked.lane, asked.began = heapq.heappop(self._lanes), self.timeline.now()
+            self.timeline.enter(self.name, "busy")
+            closed, opened = self._host.swapped
+            empty = opened - max(closed, self._emptied[asked.lane])
+        if empty > 0:
+            self.timeline.add(self.name, EMPTIED, empty / self._places)
+
     def _request(self, row: LeasedRow, prompt_ids: Int32s) -> GenerationRequest:
         seed = None if self._seed is None else self._seed * 1_000_003 + row.sample_id
         return GenerationRequest(
@@ -387,10 +458,11 @@ class RolloutWorker(StageWorker):
             sampling=replace(self._sampling, seed=seed),
         )
 
-    def _finish(self, held: HeldLease, asked: _Asked) -> None:
+    def _finish(self, asked: _Asked) -> None:
         """Runs in the engine's thread when a sequence has ended in whatever way, or in that of who gave it up."""
         try:
-            self._settle(held, asked)
+            self._end(asked)
+            self._settle(asked)
         except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error
@@ -399,9 +471,31 @@ class RolloutWorker(StageWorker):
                 del self._asked[asked.request.request_id]
                 self._free += 1
                 self._changed.notify_all()
+                with suppress(Closed):  # nobody asks any more
+                    self._rest()
 
-    def _settle(self, held: HeldLease, asked: _Asked) -> None:
-        row, done = asked.row, asked.future
+    def _end(self, asked: _Asked) -> None:
+        """The sequence leaves its lane."""
+        if asked.lane < 0:
+            return
+        row, done, lane = asked.row, asked.future, f"{LANE}/{asked.lane:03}"
+        about: dict[str, Any] = {"sample_id": row.sample_id, "group_id": row.group_id}
+        if done.cancelled() or done.exception() is not None:
+            about["finish_reason"] = "failed"
+        else:
+            completion = done.result()
+            about |= {
+                "tokens": len(completion.token_ids),
+                "versions": [str(PolicyVersion.unpack(v)) for v in np.unique(completion.token_versions)],
+                "finish_reason": completion.finish_reason,
+            }
+        self.timeline.record(lane, f"sample {row.sample_id}", asked.began, **about)
+        with self._changed:
+            heapq.heappush(self._lanes, asked.lane)
+            self._emptied[asked.lane] = self.timeline.now()
+
+    def _settle(self, asked: _Asked) -> None:
+        held, row, done = asked.held, asked.row, asked.future
         ids = (row.sample_id,)
         if done.cancelled():
             held.nack(ids, asked.given_up or "generation was cancelled")
@@ -452,7 +546,7 @@ def completion_columns(completion: Completion) -> pa.RecordBatch:
 class WeightFollower(Worker):
     """Consumes published versions, produces served ones. Waits for the channel; the learner's publications fill it."""
 
-    name = "weights"
+    name = WEIGHTS
 
     def __init__(
         self,
@@ -460,6 +554,7 @@ class WeightFollower(Worker):
         channel: WeightChannel,
         store: StoreClient,
         recorder: Recorder,
+        timeline: Timeline,
         *,
         mode: UpdateMode,
         on_served: Callable[[PolicyVersion], None],
@@ -469,12 +564,14 @@ class WeightFollower(Worker):
         self._channel = channel
         self._store = store
         self._recorder = recorder
+        self._timeline = timeline
         self._mode = mode
         self._on_served = on_served
         self._fresh = fresh
         self._served: PolicyVersion | None = None
 
     def turn(self) -> None:
+        self._timeline.enter(self.name, "idle", PUBLISHER)
         self.follow(PATIENCE)
 
     def follow(self, timeout: float) -> None:
@@ -486,6 +583,13 @@ class WeightFollower(Worker):
         snapshot = self._channel.latest() if again else self._channel.wait_newer(self._served, timeout)
         if snapshot is None:
             return
+        self._timeline.enter(self.name, "busy")
+        try:
+            self._load(snapshot, again=again)
+        finally:
+            self._timeline.leave(self.name)
+
+    def _load(self, snapshot: WeightSnapshot, *, again: bool) -> None:
         began = time.monotonic()
         served = self._host.load(snapshot, self._mode)
         self._served = served.version

@@ -188,7 +188,7 @@ class Watchdog(Worker):
             return
         self._stalled = True
         waited = self._store.waited_for()
-        text = f"nothing has happened for {seconds:.0f} s: {who_waits(counts, waited, learner_busy=self._learner.busy)}"
+        text = f"nothing has happened for {seconds:.0f} s: {who_waits(counts, waited, learner_busy=self._learner.computing)}"
         self._alarms.sound(
             "stalled",
             text,
