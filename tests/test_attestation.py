@@ -272,8 +272,14 @@ def test_a_canary_that_the_learner_does_not_change_either_says_nothing() -> None
 CHECKED = ("steps=20", "max_new_tokens=16", "zero_variance=keep", "eval_every=0", "data.eval_size=0")
 
 
-def alarms(run: Run) -> list[str]:
-    return [line["alarm"] for line in read_metrics(run.run_dir / "metrics.jsonl", "alarm")]
+def alarms(run: Run) -> list[dict[str, Any]]:
+    """Those about the engine. That nothing fresh came in time for some versions depends on the machine."""
+    lines = read_metrics(run.run_dir / "metrics.jsonl", "alarm")
+    return [line for line in lines if line["alarm"] != "unattested"]
+
+
+def faults(run: Run) -> list[str]:
+    return [line["alarm"] for line in alarms(run)]
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2])
@@ -290,10 +296,10 @@ def test_a_healthy_run_is_attested_and_raises_no_alarm(run_tiny: RunTiny, bound:
     )
 
     assert run.summary.outcome == "finished", run.summary.reason
-    assert alarms(run) == []
+    assert faults(run) == []
     attested = read_metrics(run.run_dir / "metrics.jsonl", "attest")
-    assert len(attested) >= 3  # how many have samples in time depends on the machine
-    assert attested[0]["version"] == "0.0"
+    assert attested  # how many versions have samples in time depends on the machine
+    assert all(line["attest/fault"] is None for line in attested)
 
 
 @pytest.mark.parametrize("bound", [0, 1])
@@ -302,11 +308,12 @@ def test_an_engine_that_keeps_old_weights_is_loaded_again_and_then_stops_the_run
 
     assert run.summary.outcome == "failed"
     assert "older weights than it says" in str(run.summary.reason)
-    assert alarms(run) == ["stale_weights", "stale_weights"]
-    first, second = read_metrics(run.run_dir / "metrics.jsonl", "alarm")
-    assert first["version"] in ("0.5", "0.6")  # the first version that was not taken, or the next
+    assert faults(run) == ["stale_weights", "stale_weights"]
+    first, second = alarms(run)
     assert second["severity"] == "error"
-    assert run.summary.steps <= 5 + 2 * 2 + bound  # noticed within two steps, and again within two
+    if bound == 0:  # nothing runs beside anything, so what is noticed when does not depend on the machine
+        assert first["version"] in ("0.5", "0.6")  # the first version that was not taken, or the next
+        assert run.summary.steps <= 5 + 2 * 2  # noticed within two steps, and again within two
     assert escape(first["text"]) in run.report.read_text(encoding="utf-8")
     assert audit(run.run_dir).ok
 
@@ -325,7 +332,7 @@ def test_an_engine_that_takes_the_weights_at_the_second_attempt_goes_on(run_tiny
     run = run_tiny(*CHECKED, "max_staleness=0", rollout=MissesOneUpdate(resolve_model("tiny")))
 
     assert run.summary.outcome == "finished", run.summary.reason
-    assert alarms(run) == ["stale_weights"]
+    assert faults(run) == ["stale_weights"]
 
 
 def test_log_probs_without_the_temperature_are_named_at_the_first_versions(run_tiny: RunTiny) -> None:
@@ -335,22 +342,22 @@ def test_log_probs_without_the_temperature_are_named_at_the_first_versions(run_t
 
     assert run.summary.outcome == "failed"
     assert "without the temperature" in str(run.summary.reason)
-    assert alarms(run) == ["missing_temperature"]
-    assert run.summary.steps <= 2
+    assert faults(run) == ["missing_temperature"]
+    assert run.summary.steps <= 3
 
 
 def test_a_mismatch_can_be_a_warning_that_is_given_once(run_tiny: RunTiny) -> None:
     run = run_tiny(*CHECKED, "rollout.options.stale=true", "attestation.on_mismatch=warn", "steps=10")
 
     assert run.summary.outcome == "finished", run.summary.reason
-    assert alarms(run) == ["stale_weights"]
+    assert faults(run) == ["stale_weights"]
 
 
 def test_attestation_can_be_switched_off(run_tiny: RunTiny) -> None:
     run = run_tiny(*CHECKED, "rollout.options.stale=true", "attestation.samples=0", "steps=10")
 
     assert run.summary.outcome == "finished", run.summary.reason
-    assert alarms(run) == []
+    assert faults(run) == []
     assert read_metrics(run.run_dir / "metrics.jsonl", "attest") == []
 
 

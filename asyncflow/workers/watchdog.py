@@ -188,7 +188,8 @@ class Watchdog(Worker):
             return
         self._stalled = True
         waited = self._store.waited_for()
-        text = f"nothing has happened for {seconds:.0f} s: {who_waits(counts, waited, learner_busy=self._learner.computing)}"
+        who = who_waits(counts, waited, learner_busy=self._learner.computing)
+        text = f"nothing has happened for {seconds:.0f} s: {who}"
         self._alarms.sound(
             "stalled",
             text,
