@@ -49,10 +49,12 @@ from asyncflow.workers.attestation import Attestation, FreshSamples
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
 from asyncflow.workers.feeder import Feeder
+from asyncflow.workers.host import EngineHost
 from asyncflow.workers.reference import ReferenceWorker
 from asyncflow.workers.reward import RewardWorker
-from asyncflow.workers.rollout import EngineHost, RolloutWorker, WeightFollower
+from asyncflow.workers.rollout import RolloutWorker
 from asyncflow.workers.watchdog import Watchdog
+from asyncflow.workers.weights import WeightFollower
 
 
 class Pipeline:

@@ -24,7 +24,8 @@ from asyncflow.engines.registry import learner_class, rollout_class
 from asyncflow.launch import resolve
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan, plan
-from asyncflow.workers.rollout import EngineHost
+from asyncflow.runtime.timeline import NoTimeline
+from asyncflow.workers.host import EngineHost
 from benchmarks.load import Generating, Training
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.weights import MODELS
@@ -39,7 +40,7 @@ def measure(ready: Plan, *, rounds: int, seconds: float) -> list[dict[str, float
     with pinned(cores):
         torch.set_num_threads(threads)
         training = Training(ready.make_learner(), ready)
-        host = EngineHost(ready.make_rollout(), "bench")
+        host = EngineHost(ready.make_rollout(), "bench", NoTimeline())
         try:
             host.start()
             with Generating(host, ready, sequences=SEQUENCES) as generating:

@@ -19,7 +19,7 @@ from asyncflow.errors import EngineError
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan
 from asyncflow.types import Completion, Sampling, TrainSample
-from asyncflow.workers.rollout import EngineHost
+from asyncflow.workers.host import EngineHost
 
 PROMPTS = 256
 SAMPLES = 16

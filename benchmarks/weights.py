@@ -34,8 +34,9 @@ from asyncflow.placement import pinned
 from asyncflow.plan import Plan, plan
 from asyncflow.rundir import METRICS
 from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.types import Completion, PolicyVersion, UpdateMode
-from asyncflow.workers.rollout import EngineHost
+from asyncflow.workers.host import EngineHost
 from benchmarks.load import Generating, Training
 from benchmarks.machine import machine, spread, write_json
 
@@ -105,7 +106,7 @@ class Bench:
         self._interval = interval
         self._undisturbed = undisturbed
         self._engine = Timed(ready.make_rollout())
-        self._host = EngineHost(self._engine, "bench")
+        self._host = EngineHost(self._engine, "bench", NoTimeline())
         self._channel = WeightChannel(keep=ready.config.weights.keep)
         self._version = PolicyVersion(n=0)
 
@@ -129,8 +130,8 @@ class Bench:
                 self._host.stop()
                 self._channel.close()
         rate = (before + after) / 2
-        for mode in modes.values():
-            mode["generation_lost_s"] = (mode["seconds"] - mode["tokens"] / rate) / updates
+        for measured in modes.values():
+            measured["generation_lost_s"] = (measured["seconds"] - measured["tokens"] / rate) / updates
         return {"undisturbed_tok_per_s": [before, after], "sequences": SEQUENCES, "updates": updates, "modes": modes}
 
     def _rate(self, generating: Generating) -> float:

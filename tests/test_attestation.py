@@ -46,7 +46,8 @@ class Simulated:
 
     def rounded(self, exact: np.ndarray[Any, Any]) -> Floats:
         # Heavier tails than a normal distribution, as measured.
-        return (exact + self.noise * self.random.laplace(size=exact.shape) / np.sqrt(2)).astype(np.float32)
+        found: Floats = (exact + self.noise * self.random.laplace(size=exact.shape) / np.sqrt(2)).astype(np.float32)
+        return found
 
 
 def until_fault(attestor: Attestor, simulated: Simulated, limit: int, **fault: Any) -> tuple[int, Verdict]:
@@ -241,7 +242,7 @@ def heard(sung: tuple[float, float], *, changes: bool = True) -> tuple[list[str]
         alarms=Alarms(recorder),
     )
     for snapshot, logprob in zip(learner.snapshots, sung, strict=True):
-        attestation.published(snapshot)  # type: ignore[arg-type]
+        attestation.published(snapshot)
         canary = replace(completion(*[snapshot.version.n] * 4), logprobs=np.full(4, logprob, np.float32))
         fresh.sang(snapshot.version, np.ones(3, np.int32), canary)
     attestation.before_update()

@@ -71,5 +71,5 @@ def test_a_healthy_engine_raises_no_alarm(run_tiny: RunTiny, dtype: Dtype) -> No
     assert run.summary.outcome == "finished", run.summary.reason
     assert read_metrics(run.run_dir / "metrics.jsonl", "alarm") == []
     attested = read_metrics(run.run_dir / "metrics.jsonl", "attest")
-    assert len(attested) >= 3  # how many have samples in time depends on the machine
-    assert all(line["attest/logprob_diff_mean"] < 0.6 * line["attest/threshold"] for line in attested[1:])
+    assert attested  # how many versions have samples in time depends on the machine
+    assert all(line["attest/fault"] is None for line in attested)

@@ -101,7 +101,8 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any], str]] = {
 def test_every_bottleneck_has_its_sentence_with_numbers_and_advice(case: str) -> None:
     shares, settings, sentence = CASES[case]
 
-    assert bottleneck(shares, **({"max_staleness": 1, "update": "boundary"} | settings)) == sentence
+    given: dict[str, Any] = {"max_staleness": 1, "update": "boundary"} | settings
+    assert bottleneck(shares, **given) == sentence
 
 
 def test_the_advice_names_settings_that_there_are() -> None:

@@ -61,7 +61,8 @@ def test_tiny_has_one_token_a_character_and_a_chat_template(tiny: Path) -> None:
 
 
 def test_a_model_that_is_made_twice_is_the_same_to_the_byte(tmp_path: Path) -> None:
-    first, second = ({}, {})
+    first: dict[str, bytes] = {}
+    second: dict[str, bytes] = {}
     for files in (first, second):
         folder = tmp_path / str(id(files))
         folder.mkdir()

@@ -64,7 +64,7 @@ def test_every_response_token_is_predicted_from_its_prompt_and_the_response_befo
     seed: int, groups: int, samples: int, pass_tokens: int, share: bool, parity: float
 ) -> None:
     packing = make_groups(seed, groups, samples, vocabulary=1000)
-    np.random.default_rng(seed).shuffle(packing)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(packing)
 
     passes = pack(packing, pass_tokens=pass_tokens, share_prompts=share, attention_parity=parity)
 
@@ -216,10 +216,10 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(
     weights = torch.randn(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
 
     packed = response_logprobs(policy, samples, pass_tokens=2000, share_prompts=policy.shares_prompts)
-    torch.stack([weight * packed[i].sum() for i, weight in enumerate(weights)]).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack([weight * packed[i].sum() for i, weight in enumerate(weights)]).sum().backward()
     packed_gradients = gradients(policy)
     separate = [separate_logprobs(policy, sample) for sample in samples]
-    torch.stack([w * logprobs.sum() for w, logprobs in zip(weights, separate, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack([w * logprobs.sum() for w, logprobs in zip(weights, separate, strict=True)]).sum().backward()
     separate_gradients = gradients(policy)
 
     assert policy.shares_prompts == shares
@@ -234,6 +234,6 @@ def test_the_gradient_of_the_padding_token_is_kept_because_it_often_ends_a_seque
     policy = HuggingFacePolicy(make_model("Llama", tie_word_embeddings=False, pad_token_id=2))
     sample = make_sample(0, 0, [5, 2], [7, 8])
 
-    response_logprobs(policy, [sample], pass_tokens=100, share_prompts=True)[0].sum().backward()  # type: ignore[no-untyped-call]
+    response_logprobs(policy, [sample], pass_tokens=100, share_prompts=True)[0].sum().backward()
 
     assert gradients(policy)["model.embed_tokens.weight"][2].norm() > 0

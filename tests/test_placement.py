@@ -22,8 +22,9 @@ from asyncflow.placement import resolve_cores
 from asyncflow.plan import describe, plan
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.types import Completion, PolicyVersion, Sampling, UpdateMode
-from asyncflow.workers.rollout import EngineHost
+from asyncflow.workers.host import EngineHost
 from tests.conftest import TINY, RunTiny
 from tests.test_fake_engines import always
 
@@ -279,7 +280,7 @@ class Held(FakeRollout):
 
 @pytest.fixture
 def host() -> Iterator[EngineHost]:
-    host = EngineHost(Held(), "rollout-0")
+    host = EngineHost(Held(), "rollout-0", NoTimeline())
     host.start()
     yield host
     engine(host).go.set()
@@ -381,7 +382,7 @@ def test_a_turn_may_begin_in_the_moment_in_which_an_update_ends(pauses: int) -> 
             for _ in range(pauses):
                 await asyncio.sleep(0)
 
-    host = EngineHost(Sleeper(resolve_model("tiny")), "rollout-0")
+    host = EngineHost(Sleeper(resolve_model("tiny")), "rollout-0", NoTimeline())
     host.start()
     host.suspend()
     second = in_thread(host.suspend)

@@ -25,6 +25,7 @@ from asyncflow.pipeline import stages
 from asyncflow.plan import describe, plan
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.store.broker import Store
 from asyncflow.store.events import Quarantined
 from asyncflow.store.journal import read_ledger
@@ -198,7 +199,7 @@ class Stage:
         lease = self.store.lease("rollout", worker="w", max_rows=8, ttl=60, timeout=0)
         assert lease is not None
         every = list(range(8))
-        columns = {
+        columns: dict[str, list[Any]] = {
             "response_ids": [[5] * (i + 1) for i in every],
             "rollout_logprobs": [[-0.5] * (i + 1) for i in every],
             "token_versions": [[PolicyVersion(n=0).packed] * (i + 1) for i in every],
@@ -210,6 +211,7 @@ class Stage:
             schema.stages["reference"],
             self.store,
             Heartbeat(self.store),
+            NoTimeline(),
             engine=engine,
             **{"max_rows": 8, "max_tokens": None, **options},
         )
@@ -225,7 +227,7 @@ class Stage:
 
     def trained(self) -> dict[int, list[float]]:
         """Sample → reference log-probs, as the training stage gets them."""
-        found = {}
+        found: dict[int, list[float]] = {}
         while (lease := self.store.lease("actor_update", worker="w", max_rows=8, ttl=60, timeout=0)) is not None:
             values = lease.data.column("ref_logprobs").to_pylist()
             found |= {row.sample_id: v for row, v in zip(lease.rows, values, strict=True)}

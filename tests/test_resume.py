@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from asyncflow.report.audit import audit
 from asyncflow.runtime.checkpoint import checkpoints
 from asyncflow.runtime.local import held
 from asyncflow.runtime.metrics import read_metrics
-from asyncflow.store.events import Resumed
+from asyncflow.store.events import Leased, Resumed
 from asyncflow.store.journal import read_ledger
 from tests.conftest import TINY, RunTiny
 from tests.processes import DEADLINE, wait_until
@@ -42,6 +43,10 @@ def steps_made(run_dir: Path) -> int:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def made(run_dir: Path, steps: int) -> bool:
+    return steps_made(run_dir) >= steps
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -84,7 +89,7 @@ def test_a_repeatable_run_that_is_killed_again_and_again_ends_with_the_weights_o
 
     for _ in range(3):
         more = steps_made(run_dir) + chance.randint(1, 4)
-        wait_until(lambda more=more: steps_made(run_dir) >= more, process)
+        wait_until(partial(made, run_dir, more), process)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=DEADLINE)
         process = start("resume", str(run_dir))
@@ -189,7 +194,7 @@ def test_generated_samples_that_are_not_trained_yet_are_kept(run_tiny: RunTiny) 
 
     records = list(read_ledger(run.run_dir / "ledger.sqlite"))
     at = next(i for i, record in enumerate(records) if isinstance(record.event, Resumed))
-    leased = [record.event for record in records[at:] if record.event.kind == "leased"]
+    leased = [record.event for record in records[at:] if isinstance(record.event, Leased)]
     generated_again = {row for event in leased if event.stage == "rollout" for row in event.rows}
     trained_again = {row for event in leased if event.stage == "actor_update" for row in event.rows}
     assert trained_again - generated_again  # of version 4 and before: trained as they were

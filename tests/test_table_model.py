@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -751,7 +752,7 @@ class World:
         ]
         for n in range(self.seen.learner + 2):
             if n not in there:
-                self.refused(lambda n=n: self.table.resume(n), IllegalTransition)
+                self.refused(partial(self.table.resume, n), IllegalTransition)
         self.do(self.table.resume(self.pick(there, b)))
         self.flights.clear()
         self.dead.clear()

@@ -27,8 +27,10 @@ from asyncflow.runtime.timeline import Doing, Span, TraceTimeline, read_trace
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
 from asyncflow.store.table import ADMISSION
 from asyncflow.types import Completion, PolicyVersion, Sampling, UpdateMode
+from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
-from asyncflow.workers.rollout import EngineHost, RolloutWorker
+from asyncflow.workers.host import EngineHost
+from asyncflow.workers.rollout import RolloutWorker
 from tests.conftest import TINY, RunTiny
 from tests.test_store import SCHEMA, Bench, ids, responses, rewards
 
@@ -536,7 +538,7 @@ def test_generation_is_blocked_while_its_sequences_wait_for_new_weights_and_the_
     host.start()
     worker = RolloutWorker(
         SCHEMA.stages["rollout"], bench.store, Heartbeat(bench.store), timeline,
-        host=host, sampling=Sampling(max_new_tokens=2), max_concurrency=2, seed=None,
+        host=host, sampling=Sampling(max_new_tokens=2), max_concurrency=2, seed=None, fresh=FreshSamples(0),
     )  # fmt: skip
 
     def rollout() -> Doing:

@@ -134,7 +134,7 @@ def test_a_head_in_chunks_gives_the_gradient_and_sums_of_the_whole_head(
 def test_the_gradient_is_that_of_the_summed_loss_of_separate_sequences(
     make_learner: Callable[..., TorchLearner], samples: list[TrainSample]
 ) -> None:
-    options = {"clip_low": 0.1, "clip_high": 0.3, "importance_cap": 1.2}
+    options: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.3, "importance_cap": 1.2}
     learner, reference = make_learner(**options), make_learner()
 
     sums = learner.forward_backward(samples)
@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_the_summed_loss_of_separate_sequences(
         columns = map(torch.from_numpy, (sample.behaviour_logprobs, sample.advantages, sample.mask))
         behaviour, advantages, mask = columns
         loss, _ = policy_loss(model_logprobs(reference, sample), behaviour, None, advantages, mask, **options)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
 
     assert sums["loss"] == pytest.approx(total, rel=1e-5)

@@ -85,7 +85,9 @@ class Policy:
 
     def logprobs(self, prompt: Int32s, completion: Completion, temperature: float = 1.0) -> np.ndarray[Any, Any]:
         """(R,) of the response tokens."""
-        return self.distribution(prompt, completion, temperature).gather(-1, response(completion)).squeeze(-1).numpy()
+        distribution = self.distribution(prompt, completion, temperature)
+        found: np.ndarray[Any, Any] = distribution.gather(-1, response(completion)).squeeze(-1).numpy()
+        return found
 
     def distribution(self, prompt: Int32s, completion: Completion, temperature: float = 1.0) -> torch.Tensor:
         """(R, V) log-probs at the positions of the response."""
@@ -369,7 +371,7 @@ def test_weights_that_are_torn_end_the_engine() -> None:
             # when
             with pytest.raises(WeightsError, match=r"could not load version 0\.1: .* has digest"):
                 await engine.rollout.load_weights(snapshot, "in_flight")
-            return await asyncio.gather(sequence, return_exceptions=True)
+            return list(await asyncio.gather(sequence, return_exceptions=True))
 
         # then: neither what ran nor what comes is answered with weights that nobody published
         (ended,) = engine.run(scenario())
@@ -392,7 +394,7 @@ def test_an_engine_that_is_stopped_leaves_nothing_behind() -> None:
             # when
             await engine.rollout.stop()
             await engine.rollout.stop()
-            return await asyncio.gather(sequence, return_exceptions=True)
+            return list(await asyncio.gather(sequence, return_exceptions=True))
 
         # then
         (ended,) = engine.run(scenario())
@@ -418,7 +420,7 @@ def test_when_the_engine_dies_everybody_is_told() -> None:
             await asyncio.sleep(0)
             # when
             process.kill()
-            return await asyncio.gather(sequence, update, return_exceptions=True)
+            return list(await asyncio.gather(sequence, update, return_exceptions=True))
 
         # then
         sequence, update = engine.run(scenario())

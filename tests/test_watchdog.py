@@ -16,11 +16,13 @@ from asyncflow.engines.base import GenerationRequest
 from asyncflow.engines.fake import FakeRollout
 from asyncflow.engines.models import resolve_model
 from asyncflow.errors import RewardError, RewardTimeout, RunFailed
+from asyncflow.launch import resolve
 from asyncflow.pipeline import stages
 from asyncflow.report.audit import audit
 from asyncflow.rewards import Reward, RewardInput
 from asyncflow.rewards.calls import MAX_LEFT_BEHIND, Calls
 from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts, Waited
 from asyncflow.store.schema import Schema
@@ -28,10 +30,11 @@ from asyncflow.types import PolicyVersion, Prompt, Sampling
 from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import Heartbeat
+from asyncflow.workers.host import EngineHost
 from asyncflow.workers.reward import RewardWorker
-from asyncflow.workers.rollout import EngineHost, RolloutWorker, UnderWay
+from asyncflow.workers.rollout import RolloutWorker, UnderWay
 from asyncflow.workers.watchdog import Progress, Watchdog, overdue, slow, who_waits
-from tests.conftest import RunTiny
+from tests.conftest import TINY, RunTiny
 from tests.test_fake_engines import always
 from tests.test_store import prompts, responses, terms
 
@@ -137,7 +140,7 @@ class Hanging:
         self.clock = ManualClock()
         self.recorded = Recorded()
         self.hung = threading.Event()
-        schema = Schema(stages())
+        schema = Schema(stages(resolve(TINY)))
         self.store = Store.create(
             schema,
             terms(train_batch_size=GROUP, num_generations=GROUP),
@@ -157,11 +160,12 @@ class Hanging:
             await asyncio.sleep(0)
 
         engine = FakeRollout(resolve_model("tiny"), token_latency=latency, sleep=sleep)
-        self.host = EngineHost(engine, "rollout-0", clock=self.clock)
+        self.host = EngineHost(engine, "rollout-0", NoTimeline(), clock=self.clock)
         self.rollout = RolloutWorker(
             schema.stages["rollout"],
             self.store,
             Heartbeat(self.store, ttl=NEVER),
+            NoTimeline(),
             host=self.host,
             sampling=Sampling(max_new_tokens=2),
             max_concurrency=GROUP,
@@ -172,7 +176,7 @@ class Hanging:
             self.store,
             self.host,
             self.rollout,
-            SimpleNamespace(passes=0, busy=False),  # type: ignore[arg-type]
+            SimpleNamespace(passes=0, computing=False),  # type: ignore[arg-type]
             Alarms(self.recorded),
             rollout_timeout=300.0,
             stall_timeout=1000.0,
@@ -343,7 +347,7 @@ def scored(text: str) -> RewardInput:
 def test_a_poison_row_is_found_by_scoring_alone_and_its_neighbours_survive(
     tmp_path: Path, poison: Callable[..., Poison]
 ) -> None:
-    schema, recorded, function = Schema(stages()), Recorded(), poison("Ünï 2")
+    schema, recorded, function = Schema(stages(resolve(TINY))), Recorded(), poison("Ünï 2")
     store = Store.create(schema, terms(train_batch_size=4, num_generations=4), ledger=tmp_path / "ledger.sqlite")
     store.serve("rollout-0", PolicyVersion(n=0))
     store.admit(prompts(1), timeout=0.0)
@@ -351,7 +355,9 @@ def test_a_poison_row_is_found_by_scoring_alone_and_its_neighbours_survive(
     assert lease is not None
     store.ack(lease.lease_id, [0, 1, 2, 3], responses([0, 1, 2, 3]))
     reward = Reward({"poison": (function, 1.0)}, timeout=60.0, wait=function.wait)
-    worker = RewardWorker(schema.stages["reward"], store, Heartbeat(store), reward=reward, alarms=Alarms(recorded))
+    worker = RewardWorker(
+        schema.stages["reward"], store, Heartbeat(store), NoTimeline(), reward=reward, alarms=Alarms(recorded)
+    )
 
     worker.turn()
     assert store.counts().states["generated"] == 4  # all of them came back

@@ -59,10 +59,15 @@ class Served:
 class WeightSnapshot(Protocol):
     """One published version of the weights, as an engine receives it. Immutable."""
 
-    version: PolicyVersion
-    digest: str
-    path: Path
-    """The file that holds the tensors (`asyncflow.engines.weights.channel` describes it)."""
+    @property
+    def version(self) -> PolicyVersion: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the tensors (`asyncflow.engines.weights.channel` describes it)."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor under its Hugging Face name, tied weights once. Raises WeightsError when the bytes do not

@@ -12,7 +12,7 @@ from asyncflow.errors import EngineError, RewardTimeout
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.base import PATIENCE, Worker
-from asyncflow.workers.rollout import EngineHost
+from asyncflow.workers.host import EngineHost
 
 logger = logging.getLogger(__name__)
 
