@@ -82,13 +82,23 @@ RESUMABLE = (
     "learning_rate",
     "eval_every",
     "max_failed_share",
+    "reward_timeout",
+    "stall_timeout",
+    "save_samples",
+    "placement",
+    "stream",
+    "attestation",
     "rollout.max_concurrency",
+    "rollout.timeout",
     "rollout.cores",
     "rollout.options",
     "learner.cores",
     "learner.micro_batch_tokens",
     "learner.grad_clip",
     "learner.options",
+    "reference.cores",
+    "reference.micro_batch_tokens",
+    "reference.options",
     "weights",
     "checkpoint",
 )
@@ -102,6 +112,7 @@ def resume(
     step: int | None = None,
     rollout: RolloutEngine | None = None,
     learner: LearnerEngine | None = None,
+    reference: ScorerEngine | None = None,
     reward: Callable[..., Any] | None = None,
 ) -> Run:
     """Go on with a run that was stopped or killed, from its last checkpoint (or that of `step`), to its last step.
@@ -110,7 +121,8 @@ def resume(
     they had consumed. `overrides` may change the settings in `RESUMABLE` (`steps=80` makes a finished run longer).
     Raises as `run` does, and CheckpointError; a refusal leaves the run as it was.
     """
-    ready, at = prepare_resume(run_dir, overrides=overrides, step=step, rollout=rollout, learner=learner, reward=reward)
+    made = {"rollout": rollout, "learner": learner, "reference": reference, "reward": reward}
+    ready, at = prepare_resume(run_dir, overrides=overrides, step=step, **made)
     return _raise_if_failed(launch(ready, going_on=at, listeners=(_log_alarm,)))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asyncflow.clock import ManualClock
 from asyncflow.engines.fake import FakeRollout
 from asyncflow.engines.models import resolve_model
 from asyncflow.engines.weights.attestation import LIMIT, MOST, SLACK, Attestor, Dtype, Evidence, Verdict
@@ -19,7 +20,7 @@ from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.types import Completion, Floats, PolicyVersion
 from asyncflow.workers.alarms import Alarms
-from asyncflow.workers.attestation import Attestation, FreshSamples
+from asyncflow.workers.attestation import PATIENT_SECONDS, PATIENT_VERSIONS, Attestation, FreshSamples
 from tests.conftest import TINY, RunTiny
 
 SAMPLES, TOKENS = 8, 24
@@ -248,6 +249,33 @@ def heard(sung: tuple[float, float], *, changes: bool = True) -> tuple[list[str]
     attestation.before_update()
     attestation.before_update()
     return lines, fresh
+
+
+def test_versions_without_any_attestation_are_told_when_they_have_also_taken_their_time() -> None:
+    clock, lines = ManualClock(), []
+    recorder = SimpleNamespace(log=lambda kind, values: lines.append(values["alarm"]))
+    attestation = Attestation(
+        TwoVersions(changes=True),  # type: ignore[arg-type]
+        FreshSamples(8),
+        config=resolve(TINY),
+        recorder=recorder,
+        alarms=Alarms(recorder),
+        clock=clock,
+    )
+
+    def publish(versions: int, seconds: float) -> None:
+        for n in range(versions):
+            clock.advance(seconds)
+            attestation.published(SimpleNamespace(version=PolicyVersion(n=n), digest=str(n), path=None))
+
+    publish(PATIENT_VERSIONS, PATIENT_SECONDS)
+    assert lines == []
+    publish(1, 0.0)
+    assert lines == ["unattested"]
+    publish(100, PATIENT_SECONDS / 200)
+    assert lines == ["unattested"]
+    publish(100, PATIENT_SECONDS / 100)
+    assert lines == ["unattested"] * 2
 
 
 def test_a_canary_that_is_the_same_to_the_last_bit_shows_that_the_weights_were_kept() -> None:

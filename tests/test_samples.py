@@ -15,17 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from asyncflow.errors import ConfigError
-from asyncflow.launch import Run
+from asyncflow.launch import Run, launch, resolve, resume
+from asyncflow.plan import plan
 from asyncflow.report.audit import audit
 from asyncflow.report.export import export
 from asyncflow.rundir import LEDGER
 from asyncflow.runtime import samples as module
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.runtime.samples import SampleLog, write_parquet
-from asyncflow.store.events import Committed
+from asyncflow.store.events import Committed, Resumed
 from asyncflow.store.journal import read_ledger
 from asyncflow.types import PolicyVersion
-from tests.conftest import RunTiny
+from tests.conftest import TINY, RunTiny
 
 
 class Lines:
@@ -171,10 +172,59 @@ def test_a_run_that_goes_back_to_a_step_writes_the_later_ones_again(tmp_path: Pa
     again = SampleLog(folder, Lines(), after=1)
     event, batch = step(2)
     again.committed(event, lambda: batch)
-    assert again.flush()
     again.close()
 
     assert [file.name for file in sorted(folder.iterdir())] == ["step-000001.parquet", "step-000002.parquet"]
+
+
+def test_a_run_that_was_resumed_has_every_sample_of_its_steps_once(run_tiny: RunTiny) -> None:
+    run = run_tiny("steps=6", "max_staleness=1", "checkpoint.every=2", "checkpoint.keep=2", reward=half_flat)
+    again = resume(run.run_dir, step=4, overrides=["steps=7"], reward=half_flat)
+
+    records = [record.event for record in read_ledger(run.run_dir / LEDGER)]
+    back = next(i for i, event in enumerate(records) if isinstance(event, Resumed))
+    before, after = (
+        {PolicyVersion.unpack(e.version).n: (e.trained, e.skipped) for e in part if isinstance(e, Committed)}
+        for part in (records[:back], records[back:])
+    )
+    steps = {n: step for n, step in before.items() if n <= 4} | after
+    assert sorted(steps) == list(range(1, 8))
+    rows = rows_of(again)
+    found = {
+        n: tuple(
+            {row["sample_id"] for row in rows if (row["step"], row["ended"]) == (n, ended)}
+            for ended in ("trained", "skipped")
+        )
+        for n in steps
+    }
+    assert found == {n: (set(trained), set(skipped)) for n, (trained, skipped) in steps.items()}
+    assert len(rows) == 7 * 16
+
+
+def test_a_checkpoint_is_made_when_the_samples_of_its_steps_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    missing: list[int] = []
+
+    def slow(table: pa.Table, path: Path) -> None:
+        threading.Event().wait(0.1)
+        write_parquet(table, path)
+        written.append(path.name)
+
+    def look(line: Mapping[str, Any]) -> None:
+        if line["kind"] == "checkpoint":
+            missing.extend(n for n in range(1, line["step"] + 1) if f"step-{n:06d}.parquet" not in written)
+            made.append(line["step"])
+
+    made: list[int] = []
+    monkeypatch.setattr(module, "write_parquet", slow)
+    settings = ["steps=4", "checkpoint.every=1", f"run_dir={tmp_path / 'run'}"]
+
+    launch(plan(resolve(TINY, settings)), listeners=(look,))
+
+    assert made == [1, 2, 3, 4]
+    assert missing == []
 
 
 def test_staleness_counts_from_the_oldest_token_also_in_a_slice_of_a_larger_column() -> None:

@@ -29,6 +29,7 @@ from asyncflow.rundir import CHECKPOINTS
 from asyncflow.store.broker import Store
 from asyncflow.store.segments import sync_file
 from asyncflow.types import PolicyVersion, Recorder
+from asyncflow.workers.alarms import Alarms
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +115,21 @@ class Checkpointer:
         store: Store,
         recorder: Recorder,
         save: Callable[[Path], None],
+        settle: Callable[[], None],
         digest: Callable[[], str],
         cursor: Callable[[], Cursor],
         problems: str,
     ) -> None:
         """`every`: steps, 0 makes none. `save` writes the learner's state into a new folder; `digest` is that of the
-        weights it has, `cursor` the place of the next prompt that was not admitted yet."""
+        weights it has, `cursor` the place of the next prompt that was not admitted yet. `settle` waits until what else
+        is kept of the steps so far is on disk, because a run that goes on from here does not make them again."""
         self._folder = run_dir / CHECKPOINTS
         self._every = every
         self._keep = keep
         self._store = store
         self._recorder = recorder
         self._save = save
+        self._settle = settle
         self._digest = digest
         self._cursor = cursor
         self._problems = problems
@@ -177,6 +181,7 @@ class Checkpointer:
     def _complete(self, version: PolicyVersion, aside: Path, state: dict[str, Any], copy_s: float) -> None:
         began = time.monotonic()
         try:
+            self._settle()
             state["lsn"] = self._store.sync()
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             state["files"] = {str(p.relative_to(aside)): (p.stat().st_size, digest_of(p)) for p in files}
@@ -202,14 +207,8 @@ class Checkpointer:
     def _fail(self, version: PolicyVersion, aside: Path, error: Exception) -> None:
         logger.error("the checkpoint of step %d failed: %s", version.n, error)
         shutil.rmtree(aside, ignore_errors=True)
-        self._recorder.log(
-            "alarm",
-            {
-                "alarm": "checkpoint_failed",
-                "step": version.n,
-                "text": f"the checkpoint of step {version.n} could not be made ({error}): the run goes on without it",
-            },
-        )
+        text = f"the checkpoint of step {version.n} could not be made ({error}): the run goes on without it"
+        Alarms(self._recorder).sound("checkpoint_failed", text, step=version.n)
 
 
 def remove_unfinished(run_dir: Path) -> None:

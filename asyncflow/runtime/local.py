@@ -268,10 +268,15 @@ class _Run:
             store=store,
             recorder=self._metrics,
             save=pipeline.engine.save_state,
+            settle=self._settle,
             digest=digest,
             cursor=lambda: pipeline.prompts.cursor,
             problems=self._plan.problems.digest,
         )
+
+    def _settle(self) -> None:
+        if self._samples is not None:
+            self._samples.flush()
 
     def _after_step(self, version: PolicyVersion) -> None:
         if self._checkpointer is not None:

@@ -29,8 +29,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from asyncflow.errors import CheckpointError
 from asyncflow.store.events import Committed
+from asyncflow.store.segments import sync_file
 from asyncflow.types import PolicyVersion, Recorder
+from asyncflow.workers.alarms import Alarms
 
 logger = logging.getLogger(__name__)
 
@@ -91,22 +94,29 @@ class SampleLog:
         except Exception as error:  # the step is in the ledger: whatever happens here must not undo it
             self._lose(step, samples, f"{type(error).__name__}: {error}")
 
-    def flush(self, timeout: float = CLOSE_TIMEOUT) -> bool:
-        """Wait until everything that was committed so far is in its file, or counted as lost. False: it took longer."""
-        with self._steps.all_tasks_done:
-            return self._steps.all_tasks_done.wait_for(lambda: not self._steps.unfinished_tasks, timeout)
+    def flush(self) -> None:
+        """Wait until everything that was committed so far is on disk, or counted as lost.
+
+        Raises CheckpointError when that takes longer than `CLOSE_TIMEOUT`.
+        """
+        if not self._flushed():
+            raise CheckpointError(f"the disk of {self._folder} did not take the samples within {CLOSE_TIMEOUT:.0f} s")
 
     def close(self) -> None:
         """Write what is left, and say how many samples were saved and lost. May be called twice."""
         if self._closed:
             return
         self._closed = True
-        if self.flush():
+        if self._flushed():
             self._steps.put(None)
             self._thread.join(CLOSE_TIMEOUT)
         else:
             logger.warning("the disk of %s does not answer: the samples of the last steps are not there", self._folder)
         self._recorder.log("samples", {"saved": self.saved, "lost": self._taken - self.saved})
+
+    def _flushed(self) -> bool:
+        with self._steps.all_tasks_done:
+            return self._steps.all_tasks_done.wait_for(lambda: not self._steps.unfinished_tasks, CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         while (item := self._steps.get()) is not None:
@@ -127,9 +137,8 @@ class SampleLog:
             "see that its disk has room, or set save_samples to false"
         )
         logger.warning("%s", text)
-        values = {"alarm": "samples_not_saved", "severity": "warning", "text": text, "samples_lost": self.lost}
         with suppress(OSError):  # the same disk may be full for the metrics too; the log has it
-            self._recorder.log("alarm", values)
+            Alarms(self._recorder).sound("samples_not_saved", text, samples_lost=self.lost)
 
 
 def describe(event: Committed, samples: pa.RecordBatch) -> pa.Table:
@@ -152,10 +161,11 @@ def describe(event: Committed, samples: pa.RecordBatch) -> pa.Table:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write aside and rename: a file of this name is always complete. Raises OSError."""
+    """Write aside, sync and rename: a file of this name is always complete. Raises OSError."""
     aside = path.with_name(f".{path.name}.part")  # readers of data sets pass over names that begin with a dot
     try:
         pq.write_table(table, aside, compression="zstd")
+        sync_file(aside)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ AlarmName = (
         "rollout_timeout",  # … took too long and was given back
         "reward_hung",  # a reward function did not return
         "stalled",  # nothing happens
+        "checkpoint_failed",  # the run goes on without it
+        "samples_not_saved",  # they were trained, and are not in `samples/`
     ]
 )
 Severity = Literal["warning", "error"]

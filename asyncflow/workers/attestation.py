@@ -18,7 +18,6 @@ to the last bit, while the learner's have changed, it has kept the old weights.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncflow.clock import Clock, SystemClock
 from asyncflow.config import Config
 from asyncflow.engines.base import LearnerEngine, WeightSnapshot
 from asyncflow.engines.weights.attestation import Alternative, Attestor, Evidence, Fault
@@ -38,7 +38,9 @@ VERSIONS = 2
 THOROUGH_VERSIONS = 3
 """Versions that are always compared by contrast too; later only where it costs nothing or the canary said nothing."""
 PATIENT_VERSIONS = 5
-"""Versions in a row without any attestation after which there is a warning."""
+"""Versions in a row without any attestation, and seconds, after which there is a warning: where steps take
+milliseconds, that some pass without a fresh sample says nothing."""
+PATIENT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,9 @@ class Attestation:
         config: Config,
         recorder: Recorder,
         alarms: Alarms,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self._engine = engine
         self._fresh = fresh
         self._enough = min(config.attestation.samples, config.train_batch_size)
@@ -167,7 +171,9 @@ class Attestation:
         self._compared = 0
         """Versions whose samples were compared."""
         self._unattested = 0
-        """Publications since the last comparison."""
+        """Publications since the last comparison, or the last alarm that there is none."""
+        self._since = self._clock.monotonic()
+        """When that was."""
 
     def published(self, snapshot: WeightSnapshot) -> None:
         """The learner has new weights."""
@@ -179,7 +185,7 @@ class Attestation:
             # The version before is attested, so nobody will ask for the one that came before that.
             self._snapshots.popleft()
         self._unattested += 1
-        if self._unattested == PATIENT_VERSIONS + 1:
+        if self._unattested > PATIENT_VERSIONS and self._clock.monotonic() - self._since > PATIENT_SECONDS:
             self._say_that_nothing_is_attested(snapshot.version)
 
     def while_idle(self) -> None:
@@ -214,7 +220,7 @@ class Attestation:
 
     def _attest(self, snapshot: WeightSnapshot, samples: Sequence[TrainSample], *, thorough: bool) -> None:
         """`thorough`: by contrast too, which computes the samples once or twice more. To name a fault, always."""
-        began = time.monotonic()
+        began = self._clock.monotonic()
         current = self._logprobs(samples, snapshot)
         if current is None:
             return
@@ -226,7 +232,7 @@ class Attestation:
             verdict = self._attestor.judge(replace(evidence, alternatives=self._alternatives(snapshot, samples)))
         self._compared += 1
         self._attested = snapshot.version
-        self._unattested = 0
+        self._wait_again()
         self._recorder.log(
             "attest",
             {
@@ -239,7 +245,7 @@ class Attestation:
                 "attest/samples": verdict.samples,
                 **{f"attest/z_{name}": z for name, z in verdict.contrast.items()},
                 "attest/fault": verdict.fault,
-                "attest/seconds": time.monotonic() - began,
+                "attest/seconds": self._clock.monotonic() - began,
             },
         )
         details = {"mean": verdict.mean, "threshold": verdict.threshold}
@@ -328,7 +334,11 @@ class Attestation:
         found = self._engine.logprobs_under(samples, weights=snapshot)
         return self._engine.logprobs(samples) if found is None and own else found
 
+    def _wait_again(self) -> None:
+        self._unattested, self._since = 0, self._clock.monotonic()
+
     def _say_that_nothing_is_attested(self, version: PolicyVersion) -> None:
+        self._wait_again()
         since = "yet" if self._attested is None else f"since version {self._attested}"
         self._alarms.sound(
             "unattested",
