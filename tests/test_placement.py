@@ -32,6 +32,10 @@ SOON = 60.0
 """Seconds after which a test gives up; nothing here takes that long."""
 
 
+NO_CANARY = "attestation.samples=0"
+"""Every completion is a sample."""
+
+
 class Machine:
     """Counts who computes, and notes who met whom."""
 
@@ -137,7 +141,8 @@ def test_separated_sides_compute_at_the_same_time(run_tiny: RunTiny) -> None:
 
     tiny = resolve_model("tiny")
     given |= {"rollout": Rollout(tiny), "learner": Learner(FakeLearner.load_policy(tiny), learning_rate=0.05)}
-    run = run_tiny("steps=3", "max_staleness=1", "kl_coef=0.1", "zero_variance=keep", **given)
+    settings = ("steps=3", "max_staleness=1", "kl_coef=0.1", "zero_variance=keep", NO_CANARY)
+    run = run_tiny(*settings, **given)
 
     assert run.summary.outcome == "finished", run.summary.reason
     assert frozenset(("rollout", "learner")) in machine.met
@@ -157,6 +162,7 @@ def test_without_streaming_a_step_is_trained_once_all_of_its_samples_are_there(r
     given.pop("reference")
     run = run_tiny(
         "steps=3",
+        NO_CANARY,
         "stream=false",
         "max_staleness=0",
         "zero_variance=keep",
