@@ -87,14 +87,6 @@ COMMON: Mapping[str, Any] = {
     "seed": 1,
 }
 
-INSTRUCTION = (
-    "You are a careful assistant. Below is an arithmetic problem made of whole numbers that are added and subtracted. "
-    "Work from left to right, keep the sign of every intermediate result, and check the last step twice before you "
-    "answer. Do not explain anything and do not repeat the problem. Answer with one whole number in digits, without "
-    "spaces, commas, units or a full stop, and end your answer there. The problem is: {expression}. The answer is: "
-)
-"""A long prompt for a short answer: cheap to read once for a group, and trained with it."""
-
 WORKLOADS: Mapping[str, Workload] = {
     "balanced": Workload(
         title="both stages take about the same time",
@@ -108,18 +100,18 @@ WORKLOADS: Mapping[str, Workload] = {
         prefix="gen_bound_",
         hidden=64,
         layers=2,
-        settings={"train_batch_size": 32, "max_new_tokens": 192, "rollout": {"max_concurrency": 16}},
+        settings={"train_batch_size": 32, "max_new_tokens": 192, "rollout": {"max_concurrency": 8}},
     ),
     "train-bound": Workload(
-        title="training takes about three times as long: long prompts, short answers",
+        title="training takes about three times as long: three epochs a step",
         prefix="train_bound_",
         hidden=128,
         layers=4,
         settings={
-            "data": {**COMMON["data"], "template": INSTRUCTION},
             "train_batch_size": 64,
-            "max_new_tokens": 48,
-            "rollout": {"max_concurrency": 64},
+            "max_new_tokens": 96,
+            "epochs_per_step": 3,
+            "rollout": {"max_concurrency": 48},
         },
     ),
 }
