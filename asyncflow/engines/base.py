@@ -34,6 +34,9 @@ class Capabilities:
     """The same request, seed and weights give the same tokens, whatever else runs beside it."""
     sleep: bool = False
     """Can give memory back while it generates nothing (`sleep`, `wake`)."""
+    own_process: bool = False
+    """Works in Python for every token. Named in a configuration, it gets a process of its own, so that the learner does
+    not wait for the interpreter (`asyncflow.engines.process`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

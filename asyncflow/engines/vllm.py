@@ -76,7 +76,9 @@ class _Sequence:
 class VLLMRollout(RolloutEngine):
     """vLLM in processes of its own, with weights from the shared-memory channel."""
 
-    capabilities = Capabilities(logprobs=True, updates=frozenset({"boundary", "in_flight"}), sleep=True)
+    capabilities = Capabilities(
+        logprobs=True, updates=frozenset({"boundary", "in_flight"}), sleep=True, own_process=True
+    )
 
     def __init__(
         self,
