@@ -91,6 +91,14 @@ class LedgerError(StoreError):
     """A ledger that is missing, newer than this program, not consistent, or cannot be written."""
 
 
+class DamagedData(StoreError):
+    """Bytes of a frame that are not what was written, or not there any more."""
+
+    def __init__(self, message: str, *, frame: int) -> None:
+        super().__init__(message)
+        self.frame = frame
+
+
 class EngineError(AsyncFlowError):
     """An engine failed, or does not do what it declared."""
 

@@ -420,7 +420,7 @@ def no_table(t: Tampered) -> None:
         (gap, "has a gap: event 5 is missing"),
         (invented, "'teleported' that cannot be read"),
         (torn_body, "that cannot be read"),
-        (wrong_type, r"event \d+ \(committed\) makes no sense"),
+        (wrong_type, r"event .committed. that cannot be read"),
         (too_short, r"event \d+ \(acked\) makes no sense"),
         (no_terms, "does not begin with the terms of a run"),
         (no_events, "does not begin with the terms of a run"),

@@ -217,7 +217,7 @@ class Stage:
         )
 
     def states(self) -> dict[int, State]:
-        return {sample_id: row.state for sample_id, row in self.store.table.rows.items()}
+        return {sample_id: row.state for sample_id, row in self.store.table.samples().items()}
 
     def reward(self) -> None:
         lease = self.store.lease("reward", worker="w", max_rows=8, ttl=60, timeout=0)

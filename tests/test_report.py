@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncflow.errors import LedgerError
@@ -78,10 +79,10 @@ def write_ledger(folder: Path, *, steps: int, batch: int, n: int, eta: int, seed
             )
         while (lease := take("reward", batch)) is not None:
             do(table.ack(lease.lease_id, lease.rows, columns=SCHEMA.writes["reward"], frame=0))
-        if (lease := take("actor_update", batch)) is not None and len(table.taken) * n == batch:
-            flat = [row for row in lease.rows if table.rows[row].group_id % 7 == 0]
+        if (lease := take("actor_update", batch)) is not None and table.taken.count * n == batch:
+            flat = [row for row in lease.rows if row // n % 7 == 0]
             rows = [row for row in lease.rows if row not in flat]
-            staleness.append([table.staleness(table.rows[row]) for row in rows])
+            staleness.append(table.staleness(np.array(rows)).tolist())
             version = PolicyVersion(n=table.learner.n + 1)
             do(table.commit(leases=[lease.lease_id], trained=rows, skipped=flat, version=version))
         if chance.random() < 0.75 or served < table.learner.n - 1:

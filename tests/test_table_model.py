@@ -15,14 +15,17 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from asyncflow.errors import IllegalTransition, LeaseLost, StoreError
 from asyncflow.store.events import (
@@ -42,8 +45,9 @@ from asyncflow.store.events import (
     Served,
     from_json,
 )
+from asyncflow.store.rows import Flags, Ids
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, LeaseRecord, Row, Table
+from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, LeaseRecord, Table
 from asyncflow.types import PolicyVersion
 
 RESPONSE = ("response_ids", "token_versions", "response")
@@ -445,19 +449,20 @@ class World:
         insist(sum(table.states.values()) == len(seen.open), "every open sample is in one state")
         insist(table.states == Counter(s.state for s in seen.open.values()), "states are counted", table.states)
         held: set[tuple[str, int]] = set()
-        for lease in table.leases.values():
-            for sample_id in lease.rows:
+        for lease_id, lease in table.leases.items():
+            for sample_id in table.held(lease_id).tolist():
                 insist((lease.stage, sample_id) not in held, "no row is in two leases of one stage", sample_id)
                 held.add((lease.stage, sample_id))
         insist(self.table.snapshot() == self.replayed.snapshot(), "the ledger rebuilds the table bit for bit")
         if not self.compare:
             return
         insist(table.capacity() == expected_capacity(seen), "the room is what the bound leaves", table.capacity())
-        insist(set(table.rows) == set(seen.open), "the table holds the open samples")
+        rows = table.samples()
+        insist(set(rows) == set(seen.open), "the table holds the open samples")
         for sample in seen.open.values():
-            row = table.rows[sample.sample_id]
+            row = rows[sample.sample_id]
             insist(
-                (row.state, row.leases, row.attempts, row.reasons, row.tokens, row.group_id)
+                (row.state, row.leases, Counter(row.attempts), row.reasons, row.tokens, row.group_id)
                 == (sample.state, sample.held, sample.attempts, sample.reasons, sample.tokens, sample.group),
                 "the table knows where a sample is",
                 row,
@@ -987,7 +992,7 @@ class ReadyOrder(Table):
     """Trains what is complete first, without the window of the step: slow rows are overtaken again and again."""
 
     def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int]]:
-        terms, room = self.terms, self.terms.train_batch_size - len(self.taken) * self.group_size
+        terms, room = self.terms, self.terms.train_batch_size - self.taken.count * self.group_size
         self.terms = replace(terms, train_batch_size=10**6)
         try:
             events, rows = super()._choose_groups(min(max_rows, room), max_tokens)
@@ -1002,7 +1007,7 @@ class LostRowsFreeTheirPlace(Table):
     def capacity(self) -> int:
         if not self.served:
             return 0
-        return self.most_generated - len(self.rows)
+        return self.most_generated - len(self.rows.open())
 
     def _last_group_to_generate(self) -> int | None:
         return None
@@ -1011,8 +1016,8 @@ class LostRowsFreeTheirPlace(Table):
 class NoLateCheck(Table):
     """Believes what engines say."""
 
-    def staleness(self, row: Row) -> int:
-        return min(super().staleness(row), self.terms.max_staleness)
+    def staleness(self, ids: Ids) -> NDArray[np.int64]:
+        return np.minimum(super().staleness(ids), self.terms.max_staleness)
 
 
 class NoFencing(Table):
@@ -1021,7 +1026,8 @@ class NoFencing(Table):
     def ack(self, lease_id: int, rows: Sequence[int], **values: Any) -> list[Event]:
         if lease_id not in self.leases:
             (stage,) = (name for name, writes in self.schema.writes.items() if writes == values["columns"])
-            holders = {self.rows[row].leases.get(stage) for row in rows if row in self.rows}
+            there = self.samples()
+            holders = {there[row].leases.get(stage) for row in rows if row in there}
             if len(holders) == 1 and (holder := holders.pop()) is not None:
                 return super().ack(holder, rows, **values)
         return super().ack(lease_id, rows, **values)
@@ -1030,12 +1036,19 @@ class NoFencing(Table):
 class LeasesTwice(Table):
     """Forgets who holds a row."""
 
-    def is_ready(self, row: Row, stage: str) -> bool:
-        held, row.leases = row.leases, {}
+    def is_ready(self, ids: Ids, stage: str) -> Flags:
+        held = self.rows.lease.copy()
+        self.rows.lease[:] = 0
         try:
-            return super().is_ready(row, stage)
+            return super().is_ready(ids, stage)
         finally:
-            row.leases = held
+            self.rows.lease[:] = held
+
+    def _apply_leased(self, event: Leased) -> set[str]:
+        topics = super()._apply_leased(event)
+        if event.stage in self._ready:
+            self._ready[event.stage].put(np.array(event.rows), there=True)
+        return topics
 
 
 class PartsOfGroups(Table):
@@ -1043,7 +1056,7 @@ class PartsOfGroups(Table):
 
     def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int]]:
         events, rows = super()._choose_groups(max_rows, max_tokens)
-        ready = [r.sample_id for r in self.rows.values() if r.state == "rewarded"][: self.group_size]
+        ready = [i for i, row in self.samples().items() if row.state == "rewarded"][: self.group_size]
         return (events, rows) if rows or events else ([], ready)
 
 
@@ -1074,7 +1087,7 @@ class ReusesIds(Table):
     """Fills the gaps that ended samples left."""
 
     def admit(self, prompt_tokens: Sequence[int], *, frame: int) -> list[Event] | None:
-        if not self.rows:
+        if not self.groups.count:
             self.next_sample = self.next_group = 0
         return super().admit(prompt_tokens, frame=frame)
 
@@ -1098,7 +1111,7 @@ class RebuildsInexactly(Table):
 
     def _holds(self, lease_id: int, rows: Sequence[int]) -> LeaseRecord:
         lease = super()._holds(lease_id, rows)
-        self.rows[min(lease.rows)].reasons.append("touched")
+        self.rows.reasons.setdefault(int(self.held(lease_id).min()), []).append("touched")
         return lease
 
 
@@ -1112,7 +1125,7 @@ class GeneratesAllAtOnce(Table):
 class KeepsWhatNobodyServed(Table):
     """After going back, trains responses of weights that are gone."""
 
-    def _generate_again(self, row: Row) -> None:
+    def _generate_again(self, ids: Ids) -> None:
         pass
 
 

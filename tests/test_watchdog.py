@@ -224,7 +224,7 @@ def test_a_rollout_that_never_ends_is_named_once_then_given_back_and_in_the_end_
     assert "sample 5 of group 0 (attempt 1) has been in rollout-0 for 61 s" in named["text"]
     assert hanging.after(60.0) == []
     assert hanging.after(180.0) == ["rollout_timeout"]
-    assert "rollout.timeout" in hanging.store.table.rows[5].reasons[0]
+    assert "rollout.timeout" in hanging.store.table.samples()[5].reasons[0]
     for _ in range(2):
         hanging.generate()
         assert hanging.after(301.0) == ["rollout_timeout"]

@@ -27,7 +27,7 @@ class Held:
         self.held = HeldLease(self.lease, self.store, Heartbeat(self.store))
 
     def states(self) -> dict[int, State]:
-        return {sample_id: row.state for sample_id, row in self.store.table.rows.items()}
+        return {sample_id: row.state for sample_id, row in self.store.table.samples().items()}
 
 
 @pytest.fixture

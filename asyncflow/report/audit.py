@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from asyncflow.errors import LedgerError
 from asyncflow.rundir import LEDGER
 from asyncflow.store.events import (
@@ -356,7 +358,8 @@ class _Books:
             self._object(f"event {lsn}: engine {event.engine} serves {version}, which nothing was trained for yet")
 
     def _amended(self, _: int, event: Amended) -> None:
-        self.terms = replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        terms = msgspec.structs.replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        self.terms = terms
         self.highest_bound = max(self.highest_bound, event.max_staleness)
 
     def _checkpointed(self, lsn: int, event: Checkpointed) -> None:

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, IllegalTransition, LedgerError, StoreError
-from asyncflow.store.client import Counts, Lease, LeasedRow, Waited
+from asyncflow.errors import Closed, DamagedData, IllegalTransition, LedgerError, StoreError
+from asyncflow.store.client import Counts, Lease, Waited
 from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
-from asyncflow.store.lifecycle import OPEN_STATES
+from asyncflow.store.rows import Ids
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
 from asyncflow.store.segments import FileSegments, MemorySegments, sync_file
-from asyncflow.store.table import ADMISSION, Row, Table
+from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
 T = TypeVar("T")
@@ -103,12 +103,16 @@ class Store:
             raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(self._schema.stages)}")
 
         def attempt(now: float) -> Lease | None:
-            events = self.table.lease(
-                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
-            )
-            self._perform(events)
-            leased = events[-1] if events else None
-            return self._deliver(leased) if isinstance(leased, Leased) else None
+            while True:
+                events = self.table.lease(
+                    stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
+                )
+                self._perform(events)
+                leased = events[-1] if events else None
+                if not isinstance(leased, Leased):
+                    return None
+                if (lease := self._deliver(leased)) is not None:
+                    return lease
 
         return self._wait(stage, attempt, timeout)
 
@@ -190,19 +194,18 @@ class Store:
     def counts(self) -> Counts:
         with self._lock:
             table = self.table
-            oldest = min((row.oldest for row in table.rows.values() if row.oldest is not None), default=None)
             return Counts(
                 admitted=table.next_sample,
                 trained=table.ended["trained"],
                 dropped=table.dropped(),
                 quarantined=table.ended["quarantined"],
-                states={state.value: table.states[state] for state in OPEN_STATES},
+                states={state.value: count for state, count in table.states.items()},
                 leased=table.leased(),
                 capacity=table.capacity(),
                 max_staleness=table.terms.max_staleness,
                 learner=table.learner,
                 served=dict(table.served),
-                oldest=None if oldest is None else PolicyVersion.unpack(oldest),
+                oldest=table.oldest(),
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -267,8 +270,8 @@ class Store:
                 self.on_committed(event, partial(self._samples, event.trained + event.skipped))
             released = self.table.released_by(event)
             topics |= self.table.apply(event)
-            for frame in released:
-                self._segments.release(frame)
+            for frame, rows in released.items():
+                self._segments.release(frame, rows)
         # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
         # of a dead worker come back even when nothing else happens.
         earliest = self.table.next_deadline()
@@ -277,35 +280,42 @@ class Store:
         for topic in topics:
             self._changed[topic].notify_all()
 
-    def _deliver(self, leased: Leased) -> Lease:
-        """The rows of a lease with the columns that its stage needs."""
+    def _deliver(self, leased: Leased) -> Lease | None:
+        """The rows of a lease with the columns that its stage needs. Those whose data are damaged are quarantined; None
+        when no row is left."""
         stage = self._schema.stages[leased.stage]
-        rows = [self.table.rows[sample_id] for sample_id in leased.rows]
+        while leased.lease_id in self.table.leases:
+            ids = self.table.held(leased.lease_id)
+            try:
+                data = self._gather(ids, stage.needs)
+            except DamagedData as damage:
+                lost = self.table.rows_of_frame(ids, damage.frame)
+                self._perform(self.table.nack(leased.lease_id, lost, reason=str(damage), final=True))
+                continue
+            return self._lease(leased, ids, data)
+        return None
+
+    def _lease(self, leased: Leased, ids: Ids, data: Sequence[pa.Array]) -> Lease:
+        groups = ids // self.table.group_size
         return Lease(
             lease_id=leased.lease_id,
             stage=leased.stage,
-            rows=tuple(
-                LeasedRow(sample_id=r.sample_id, group_id=r.group_id, attempt=r.attempts[leased.stage]) for r in rows
-            ),
-            data=pa.RecordBatch.from_arrays(self._gather(rows, stage.needs), names=list(stage.needs)),
+            sample_ids=ids,
+            group_ids=groups,
+            attempts=self.table.attempts(leased.stage, ids),
+            data=pa.RecordBatch.from_arrays(list(data), names=list(self._schema.stages[leased.stage].needs)),
             deadline=leased.deadline,
-            slots=len({r.group_id for r in rows}) * self.table.group_size,
+            slots=len(np.unique(groups)) * self.table.group_size,
         )
 
     def _samples(self, sample_ids: Sequence[int]) -> pa.RecordBatch:
         """All that is known of some samples that have every column."""
-        rows = [self.table.rows[sample_id] for sample_id in sample_ids]
-        names = self._schema.written
-        ids = [pa.array([getattr(row, name) for row in rows], pa.int64()) for name in ("sample_id", "group_id")]
-        return pa.RecordBatch.from_arrays([*ids, *self._gather(rows, names)], names=["sample_id", "group_id", *names])
+        ids, names = np.array(sample_ids, np.int64), self._schema.written
+        arrays = [pa.array(ids), pa.array(ids // self.table.group_size), *self._gather(ids, names)]
+        return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
 
-    def _gather(self, rows: Sequence[Row], columns: Sequence[str]) -> list[pa.Array]:
-        arrays = []
-        for column in columns:
-            bit = self._schema.bit(column)
-            places = [next((f, o) for mask, f, o in row.frames if mask & bit) for row in rows]
-            arrays.append(self._segments.gather(column, places))
-        return arrays
+    def _gather(self, ids: Ids, columns: Sequence[str]) -> list[pa.Array]:
+        return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:

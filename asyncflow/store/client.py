@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from asyncflow.types import PolicyVersion
 
@@ -21,22 +24,31 @@ class LeasedRow:
     """1 for the first time that this stage gets the row."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Lease:
     """Rows that belong to one worker until it acks or nacks them or the deadline passes."""
 
     lease_id: int
     """Fencing token: grows with every lease, and a call with an old one is refused."""
     stage: str
-    rows: tuple[LeasedRow, ...]
+    sample_ids: NDArray[np.int64]
     """In admission order; whole groups for the training stage."""
+    group_ids: NDArray[np.int64]
+    attempts: NDArray[np.int32]
+    """1 for the first time that this stage gets a sample."""
     data: pa.RecordBatch
-    """The columns that the stage needs, one row for each of `rows`, in the same order."""
+    """The columns that the stage needs, one row for each sample, in the same order."""
     deadline: float
     """On the store's monotonic clock."""
     slots: int
-    """Training stage only: how many of the step's `train_batch_size` these groups count for. More than `len(rows)`
-    when samples of a group were lost."""
+    """Training stage only: how many of the step's `train_batch_size` these groups count for. More than there are
+    samples when some of a group were lost."""
+
+    @cached_property
+    def rows(self) -> tuple[LeasedRow, ...]:
+        """The same one by one."""
+        columns = self.sample_ids.tolist(), self.group_ids.tolist(), self.attempts.tolist()
+        return tuple(LeasedRow(sample_id=s, group_id=g, attempt=a) for s, g, a in zip(*columns, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

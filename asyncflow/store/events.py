@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from typing import ClassVar
+
+import msgspec
 
 from asyncflow.errors import LedgerError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all events. Versions are packed (`PolicyVersion.packed`)."""
 
     kind: ClassVar[str]
     journaled: ClassVar[bool] = True
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return msgspec.json.encode(self).decode()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Opened(Event):
+class Opened(Event, frozen=True, kw_only=True):
     """First event of a ledger: the terms under which the rest happened."""
 
     kind = "opened"
@@ -36,8 +34,7 @@ class Opened(Event):
     """What a step consumed is kept until a checkpoint has passed it, so that it can be taken back."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Amended(Event):
+class Amended(Event, frozen=True, kw_only=True):
     """Terms that changed while the run went on: both hold from here on, with these values."""
 
     kind = "amended"
@@ -45,8 +42,7 @@ class Amended(Event):
     last_version: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Admitted(Event):
+class Admitted(Event, frozen=True, kw_only=True):
     """New groups of `num_generations` samples each, with consecutive ids."""
 
     kind = "admitted"
@@ -58,8 +54,7 @@ class Admitted(Event):
     """Where the data are; group i is row i of the frame."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leased(Event):
+class Leased(Event, frozen=True, kw_only=True):
     """Rows went to a worker."""
 
     kind = "leased"
@@ -70,8 +65,7 @@ class Leased(Event):
     deadline: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Renewed(Event):
+class Renewed(Event, frozen=True, kw_only=True):
     """A lease lives longer. Not journaled: after a restart all leases are gone."""
 
     kind = "renewed"
@@ -80,8 +74,7 @@ class Renewed(Event):
     deadline: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Acked(Event):
+class Acked(Event, frozen=True, kw_only=True):
     """A stage's columns were appended to rows of a lease. Row i of the frame belongs to `rows[i]`."""
 
     kind = "acked"
@@ -97,8 +90,7 @@ class Acked(Event):
     newest: tuple[int | None, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Returned(Event):
+class Returned(Event, frozen=True, kw_only=True):
     """Rows came back undone: by their worker, or because the lease ran out."""
 
     kind = "returned"
@@ -107,8 +99,7 @@ class Returned(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Committed(Event):
+class Committed(Event, frozen=True, kw_only=True):
     """One step: its rows are in the weights that are published as `version`."""
 
     kind = "committed"
@@ -118,8 +109,7 @@ class Committed(Event):
     version: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dropped(Event):
+class Dropped(Event, frozen=True, kw_only=True):
     """Rows ended without being trained."""
 
     kind = "dropped"
@@ -127,8 +117,7 @@ class Dropped(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quarantined(Event):
+class Quarantined(Event, frozen=True, kw_only=True):
     """Rows failed for good."""
 
     kind = "quarantined"
@@ -136,8 +125,7 @@ class Quarantined(Event):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Served(Event):
+class Served(Event, frozen=True, kw_only=True):
     """A rollout engine serves a version from now on; None: it is gone."""
 
     kind = "served"
@@ -145,8 +133,7 @@ class Served(Event):
     version: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpointed(Event):
+class Checkpointed(Event, frozen=True, kw_only=True):
     """A checkpoint is complete: the run can go on from this version, and from every one since `oldest`."""
 
     kind = "checkpointed"
@@ -155,8 +142,7 @@ class Checkpointed(Event):
     """Of the oldest checkpoint that is kept: what steps up to it consumed is never taken back."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resumed(Event):
+class Resumed(Event, frozen=True, kw_only=True):
     """The run goes on in another process, from the checkpoint of number `version.n`.
 
     Every lease is gone. What later steps had consumed is taken back, in its old place. Responses of later versions are
@@ -190,7 +176,6 @@ EVENTS: dict[str, type[Event]] = {
 def from_json(kind: str, body: str) -> Event:
     """Inverse of `Event.to_json`. Raises LedgerError for an event that this program does not know."""
     try:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(body).items()}
-        return EVENTS[kind](**values)
-    except (KeyError, TypeError, ValueError) as error:
+        return msgspec.json.decode(body, type=EVENTS[kind])
+    except (KeyError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event {kind!r} that cannot be read: {error}") from None

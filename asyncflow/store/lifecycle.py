@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from asyncflow.errors import IllegalTransition
 
 
@@ -57,6 +60,19 @@ TRANSITIONS: Mapping[tuple[State, Move], State] = {
     **{(state, Move.QUARANTINE): State.QUARANTINED for state in OPEN_STATES},
 }
 """All legal moves; every other pair is refused."""
+
+
+STATES = (*OPEN_STATES, *END_STATES)
+"""All of them; the table keeps a sample's state as its place in here."""
+ILLEGAL = 255
+NEXT: Mapping[Move, NDArray[np.uint8]] = {
+    move: np.array(
+        [STATES.index(TRANSITIONS[state, move]) if (state, move) in TRANSITIONS else ILLEGAL for state in STATES],
+        np.uint8,
+    )
+    for move in Move
+}
+"""The same table for many samples at once: place of a state → place of the next one, or ILLEGAL."""
 
 
 def next_state(state: State, move: Move) -> State:

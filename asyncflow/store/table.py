@@ -3,6 +3,9 @@
 Methods that decide are pure: they return events and change nothing. `apply` is the one place that changes state. So the
 journal can be written in between, replaying it rebuilds the table, and tests need no time and no locks.
 
+Samples are numbered without gaps, and those of a group are consecutive: group g has the samples from g·n on. What is
+known of them is kept in arrays (`rows.py`), so that a call for a thousand costs little more than one for a single one.
+
 Staleness is bounded by construction (`docs/staleness.md` has the proof): a group is admitted only while
 `(η+1)·B − open − (v_learner − v_served)·B` leaves room, and the learner consumes in admission order, B places a step.
 What the construction cannot see (an engine that serves less than it says) is caught again at lease and at commit.
@@ -11,11 +14,14 @@ What the construction cannot see (an engine that serves less than it says) is ca
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from asyncflow.errors import IllegalTransition, LeaseLost, StalenessViolation, StoreError
 from asyncflow.store.events import (
@@ -34,8 +40,9 @@ from asyncflow.store.events import (
     Returned,
     Served,
 )
-from asyncflow.store.lifecycle import END_STATES, OPEN_STATES, Move, State, next_state
-from asyncflow.store.schema import Schema
+from asyncflow.store.lifecycle import ILLEGAL, NEXT, OPEN_STATES, STATES, Move, State
+from asyncflow.store.rows import NONE, Flags, Ids, Marks, Row, Rows
+from asyncflow.store.schema import Schema, Stage
 from asyncflow.types import PolicyVersion
 
 LATE = "late"
@@ -53,55 +60,49 @@ END = "end"
 serves newer weights; nothing, because the last step has all of its samples."""
 
 
-@dataclass(slots=True)
-class Row:
-    """One sample."""
-
-    sample_id: int
-    group_id: int
-    state: State
-    columns: int
-    """Bit set of the columns that are there."""
-    prompt_tokens: int
-    tokens: int
-    """Prompt and response."""
-    oldest: int | None = None
-    """Oldest and newest packed policy version among the response tokens."""
-    newest: int | None = None
-    leases: dict[str, int] = field(default_factory=dict)
-    """Stage → lease that holds the row."""
-    attempts: dict[str, int] = field(default_factory=dict)
-    """Stage → leases so far."""
-    reasons: list[str] = field(default_factory=list)
-    """Why it came back, or ended."""
-    frames: list[tuple[int, int, int]] = field(default_factory=list)
-    """Where the data are: (columns, frame, offset)."""
-
-    @property
-    def ended(self) -> bool:
-        return self.state in END_STATES
+REWARDED = STATES.index(State.REWARDED)
+GENERATED = STATES.index(State.GENERATED)
+NUMBER = (1 << 32) - 1
+"""The bits of a packed policy version that count publications."""
 
 
 @dataclass(slots=True)
 class LeaseRecord:
     stage: str
     worker: str
-    rows: set[int]
+    rows: Ids
+    """As they were leased; which of them it still holds is with the rows."""
+    left: int
+    """How many of them it still holds."""
     deadline: float
     max_staleness: int
     """The bound under which the rows were leased: a lower one that comes later is for what is leased from then on."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Consumed:
-    """Rows of a step that a checkpoint has not passed yet: the run may go back and train them again."""
+    """Samples of a step that a checkpoint has not passed yet: the run may go back and train them again."""
 
-    trained: list[Row]
-    skipped: list[Row]
+    trained: Ids
+    skipped: Ids
 
     @property
-    def rows(self) -> list[Row]:
-        return self.trained + self.skipped
+    def rows(self) -> Ids:
+        return np.concatenate([self.trained, self.skipped])
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The groups of the step under way, in admission order: G of them, with n samples each."""
+
+    groups: Ids
+    """(G,)"""
+    rest: Flags
+    """(G, n) Open, and young enough to be trained."""
+    late: Flags
+    """(G, n) Open, and too old."""
+    short: Flags
+    """(G,) So many are late that what is left is too little to train: its place goes to a later group."""
 
 
 class Table:
@@ -110,11 +111,10 @@ class Table:
     def __init__(self, schema: Schema, opened: Opened) -> None:
         self.schema = schema
         self.terms = opened
-        self.rows: dict[int, Row] = {}
-        """Open rows only: what has ended is in the counters and in the ledger."""
-        self.groups: OrderedDict[int, set[int]] = OrderedDict()
-        """Open groups in admission order → their open rows."""
-        self.taken: set[int] = set()
+        self.rows = Rows(len(schema.stages))
+        self.groups = Marks()
+        """Those with an open sample; the order of their ids is the order in which they were admitted."""
+        self.taken = Marks()
         """Groups that the training stage holds for the step under way."""
         self.leases: dict[int, LeaseRecord] = {}
         self.served: dict[str, PolicyVersion] = {}
@@ -123,10 +123,12 @@ class Table:
         self.next_lease = 1
         self.ended: Counter[str] = Counter()
         """trained, quarantined, and dropped:<reason> → samples."""
-        self.states: Counter[State] = Counter()
         self.consumed: dict[int, Consumed] = {}
         """Version number of a step → its rows, as long as they can be taken back."""
-        self._ready: dict[str, list[int]] = {s: [] for s in schema.stages if s != schema.train.name}
+        self._counts = np.zeros(len(STATES), np.int64)
+        self._ready = {stage: Marks() for stage in schema.stages if stage != schema.train.name}
+        self._line = {stage: line for line, stage in enumerate(schema.stages)}
+        """Stage → its place in the arrays of `rows`."""
         self._deadlines: list[tuple[float, int]] = []
 
     # -- what is the case ----------------------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class Table:
         """Samples that may be admitted now, below zero when there are too many, and what sets this limit."""
         if not self.served:
             return 0, WEIGHTS
-        batch, places = self.terms.train_batch_size, len(self.groups) * self.group_size
+        batch, places = self.terms.train_batch_size, self.groups.count * self.group_size
         room = self.most_generated - places
         if self.terms.last_version is not None:
             left = (self.terms.last_version - self.learner.n) * batch - places
@@ -170,6 +172,11 @@ class Table:
                 return left, END
         lags = room < self.group_size <= self.most_open - places
         return room, WEIGHTS if lags else BOUND
+
+    @property
+    def states(self) -> Counter[State]:
+        """Open samples by state."""
+        return Counter({state: int(self._counts[STATES.index(state)]) for state in OPEN_STATES})
 
     def awaited(self, topic: str) -> str:
         """What a stage that has nothing to do, or ADMISSION that has no room, waits for.
@@ -188,44 +195,86 @@ class Table:
 
     def _missing(self, stage: str) -> Counter[str]:
         """Groups of the training stage's step that lack columns for `stage`, by the stage that has yet to act."""
-        waits: Counter[str] = Counter()
         needs = self.schema.needs[stage]
         if not needs & ~self.schema.prompt_mask & ~self.schema.writes[self.schema.generate.name]:
-            return waits  # it needs nothing but completions: no look at the groups is necessary
-        for members in islice(self.groups.values(), self.terms.train_batch_size // self.group_size):
-            columns = {self.rows[sample_id].columns for sample_id in members}
-            missing = {self.schema.next_writer(have, needs) for have in columns if needs & ~have}
-            # A group is as far as its slowest row.
-            waits.update([next(name for name in self.schema.stages if name in missing)] if missing else [])
-        return waits
+            return Counter()  # it needs nothing but completions: no look at the groups is necessary
+        names, rows = list(self.schema.stages), self._members(self.groups.first(self.groups_per_step))
+        lacking = self.rows.is_open(rows.ravel()).reshape(rows.shape)
+        lacking[lacking] = (self.rows.columns[rows[lacking] - self.rows.base] & needs) != needs
+        writer = np.full(rows.shape, len(names))
+        for have in np.unique(self.rows.columns[rows[lacking] - self.rows.base]):
+            place = names.index(self.schema.next_writer(int(have), needs))
+            same = lacking.copy()
+            same[lacking] = self.rows.columns[rows[lacking] - self.rows.base] == have
+            writer[same] = place
+        slowest = writer.min(axis=1)  # a group is as far as its slowest row
+        found = np.bincount(slowest, minlength=len(names) + 1)[:-1]
+        return Counter({names[place]: int(count) for place, count in enumerate(found) if count})
 
-    def staleness(self, row: Row) -> int:
-        """Learner version before the step minus the version of the row's oldest token; 0 without tokens."""
-        return 0 if row.oldest is None else self.learner.n - PolicyVersion.unpack(row.oldest).n
+    @property
+    def groups_per_step(self) -> int:
+        return self.terms.train_batch_size // self.group_size
 
-    def is_ready(self, row: Row, stage: str) -> bool:
-        needs, writes = self.schema.needs[stage], self.schema.writes[stage]
-        return (
-            not row.ended
-            and stage not in row.leases
-            and row.columns & needs == needs
-            and (not writes or row.columns & writes != writes)
+    def staleness(self, ids: Ids) -> NDArray[np.int64]:
+        """Learner version before the step minus the version of each row's oldest token; 0 without tokens."""
+        oldest = self.rows.oldest[ids - self.rows.base]
+        stale: NDArray[np.int64] = np.where(oldest == NONE, 0, self.learner.n - (oldest & NUMBER))
+        return stale
+
+    def row(self, sample_id: int) -> Row | None:
+        """One sample, as it is now; None when it has ended, or was never admitted."""
+        if not self.rows.is_open(np.array([sample_id]))[0]:
+            return None
+        rows, i = self.rows, sample_id - self.rows.base
+        oldest, newest = int(rows.oldest[i]), int(rows.newest[i])
+        return Row(
+            sample_id=sample_id,
+            group_id=sample_id // self.group_size,
+            state=STATES[rows.state[i]],
+            columns=int(rows.columns[i]),
+            prompt_tokens=int(rows.prompt_tokens[i]),
+            tokens=int(rows.tokens[i]),
+            oldest=None if oldest == NONE else oldest,
+            newest=None if newest == NONE else newest,
+            leases={name: int(rows.lease[s, i]) for name, s in self._line.items() if rows.lease[s, i]},
+            attempts={name: int(rows.attempts[s, i]) for name, s in self._line.items() if rows.attempts[s, i]},
+            reasons=list(rows.reasons.get(sample_id, ())),
         )
+
+    def samples(self) -> dict[int, Row]:
+        """All open samples, one by one: for those who look on."""
+        return {i: row for i in self.rows.open().tolist() if (row := self.row(i)) is not None}
+
+    def places(self, ids: Ids, column: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Where the values of a column are: frame and row of the frame of each sample, which must have it."""
+        line, index = self._writer_line(column), ids - self.rows.base
+        return self.rows.frame[line, index], self.rows.offset[line, index]
+
+    def rows_of_frame(self, ids: Ids, frame: int) -> list[int]:
+        """Those of these samples of which some column is in a frame."""
+        there = (self.rows.frame[:, ids - self.rows.base] == frame).any(axis=0)
+        found: list[int] = ids[there].tolist()
+        return found
+
+    def attempts(self, stage: str, ids: Ids) -> NDArray[np.int32]:
+        """How often each of these samples was leased to a stage."""
+        attempts: NDArray[np.int32] = self.rows.attempts[self._line[stage], ids - self.rows.base]
+        return attempts
+
+    def oldest(self) -> PolicyVersion | None:
+        """Oldest policy version among the tokens of the open samples."""
+        oldest = self.rows.oldest[self.rows.open() - self.rows.base]
+        oldest = oldest[oldest != NONE]
+        return PolicyVersion.unpack(int(oldest.min())) if len(oldest) else None
 
     def waited_for(self) -> list[tuple[Row, str | None]]:
         """Rows of the step under way that are not ready to be trained, each with the worker that holds it."""
-        window = self.terms.train_batch_size // self.group_size
-        rows = [
-            self.rows[sample_id]
-            for group_id in list(islice(self.groups, window))
-            if group_id not in self.taken
-            for sample_id in sorted(self.groups[group_id])
-        ]
-        return [
-            (row, next((self.leases[lease_id].worker for lease_id in row.leases.values()), None))
-            for row in rows
-            if row.state is not State.REWARDED
-        ]
+        groups = self.groups.first(self.groups_per_step)
+        rows = self._members(groups[~self.taken.has(groups)]).ravel()
+        rows = rows[self.rows.is_open(rows)]
+        rows = rows[self.rows.state[rows - self.rows.base] != REWARDED]
+        found = [row for sample_id in rows.tolist() if (row := self.row(sample_id)) is not None]
+        return [(row, next((self.leases[i].worker for i in row.leases.values()), None)) for row in found]
 
     def next_deadline(self) -> float | None:
         """Earliest deadline of a lease, or None."""
@@ -278,59 +327,62 @@ class Table:
         return events
 
     def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> list[int]:
-        queue, tokens = self._ready[stage], 0
-        last_group = self._last_group_to_generate() if stage == self.schema.generate.name else None
-        seen: dict[int, None] = {}
-        chosen: list[int] = []
-        while queue and len(chosen) < max_rows:
-            sample_id = heapq.heappop(queue)
-            row = self.rows.get(sample_id)
-            if row is None or sample_id in seen or not self.is_ready(row, stage):
-                continue  # it ended, stands in the queue twice, or was leased: nobody misses the entry
-            seen[sample_id] = None
-            if last_group is not None and row.group_id > last_group:
-                break
-            tokens += row.tokens
-            if chosen and max_tokens is not None and tokens > max_tokens:
-                break
-            chosen.append(sample_id)
-        # A decision that is never applied must leave the rows where they are. One that is applied makes these entries
-        # stale, and the next call throws them away.
-        for sample_id in seen:
-            heapq.heappush(queue, sample_id)
-        return chosen
+        chosen = self._ready[stage].first(max_rows)
+        if stage == self.schema.generate.name and (last := self._last_group_to_generate()) is not None:
+            chosen = chosen[chosen // self.group_size <= last]
+        if max_tokens is not None and len(chosen):
+            total = self.rows.tokens[chosen - self.rows.base].cumsum()
+            chosen = chosen[: max(1, int(np.searchsorted(total, max_tokens, side="right")))]
+        ids: list[int] = chosen.tolist()
+        return ids
 
     def _last_group_to_generate(self) -> int | None:
         """Id of the last group that may be generated now; None when all may."""
         groups = self.most_generated // self.group_size
-        if len(self.groups) <= groups:
+        if self.groups.count <= groups:
             return None
-        return next(islice(self.groups, groups - 1, None)) if groups else -1
+        return int(self.groups.first(groups)[-1]) if groups else -1
+
+    def _window(self) -> Window:
+        """The first B places that are open, after those whose groups end because they are too late."""
+        short = 0
+        while True:
+            groups = self.groups.first(self.groups_per_step + short)
+            rows = self._members(groups)
+            there = self.rows.is_open(rows.ravel()).reshape(rows.shape)
+            late = there & ~self.taken.has(groups)[:, None]
+            late[late] = self.staleness(rows[late]) > self.terms.max_staleness
+            rest = there & ~late
+            ends = late.any(axis=1) & (rest.sum(axis=1) < self.terms.min_group)
+            if ends.sum() == short or len(groups) < self.groups_per_step + short:
+                return Window(groups, rest, late, ends)
+            short = int(ends.sum())
 
     def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int]]:
+        window = self._window()
+        rows = self._members(window.groups)
         events: list[Event] = []
-        chosen: list[int] = []
-        window = self.terms.train_batch_size // self.group_size
-        tokens = 0
-        for group_id, members in self.groups.items():
-            if window == 0:
-                break
-            rows = [self.rows[sample_id] for sample_id in sorted(members)]
-            late = [row.sample_id for row in rows if self.staleness(row) > self.terms.max_staleness]
-            if late and group_id not in self.taken:
-                short = self._short_groups(late)
-                events += [Dropped(rows=tuple(late), reason=LATE), *short]
-                rows = [] if short else [row for row in rows if row.sample_id not in late]
-            if not rows:
-                continue  # its place in the step goes to a later group
-            window -= 1
-            if group_id in self.taken or any(row.state is not State.REWARDED for row in rows):
-                continue
-            tokens += sum(row.tokens for row in rows)
-            if chosen and (len(chosen) + len(rows) > max_rows or (max_tokens is not None and tokens > max_tokens)):
-                break
-            chosen += [row.sample_id for row in rows]
+        for place in np.flatnonzero(window.late.any(axis=1)):
+            events.append(Dropped(rows=tuple(rows[place, window.late[place]].tolist()), reason=LATE))
+            if window.short[place] and window.rest[place].any():
+                events.append(Dropped(rows=tuple(rows[place, window.rest[place]].tolist()), reason=SHORT_GROUP))
+        waits = window.rest.copy()
+        waits[waits] = self.rows.state[rows[waits] - self.rows.base] != REWARDED
+        ready = ~(window.short | self.taken.has(window.groups) | waits.any(axis=1))
+        rows, rest = rows[ready], window.rest[ready]
+        tokens = np.where(rest, self.rows.tokens[np.where(rest, rows - self.rows.base, 0)], 0)
+        fits = rest.sum(axis=1).cumsum() <= max_rows
+        if max_tokens is not None:
+            fits &= tokens.sum(axis=1).cumsum() <= max_tokens
+        fits[:1] = True  # one group is always given
+        count = len(fits) if fits.all() else int(fits.argmin())
+        chosen: list[int] = rows[:count][rest[:count]].tolist()
         return events, chosen
+
+    def _members(self, groups: Ids) -> Ids:
+        """(G, n) Samples of groups, those included that have ended."""
+        members: Ids = groups[:, None] * self.group_size + np.arange(self.group_size)
+        return members
 
     def renew(self, lease_id: int, *, deadline: float) -> list[Event]:
         self._holds(lease_id, ())
@@ -381,8 +433,12 @@ class Table:
     def expire(self, now: float) -> list[Event]:
         """Take back the rows of every lease whose deadline has passed."""
         returns = [
-            Returned(lease_id=i, rows=tuple(sorted(lease.rows)), reason=f"the lease of {lease.worker} ran out")
-            for i, lease in self.leases.items()
+            Returned(
+                lease_id=lease_id,
+                rows=tuple(np.sort(self.held(lease_id)).tolist()),
+                reason=f"the lease of {lease.worker} ran out",
+            )
+            for lease_id, lease in self.leases.items()
             if lease.deadline <= now
         ]
         return self._give_back(returns, final=False)
@@ -394,19 +450,24 @@ class Table:
 
         Raises LeaseLost naming the rows that are not, IllegalTransition or StalenessViolation.
         """
-        rows = {*trained, *skipped}
-        if len(rows) != len(trained) + len(skipped):
+        rows = np.array([*trained, *skipped], np.int64)
+        if len(set(rows.tolist())) != len(rows):
             raise IllegalTransition("a commit names a sample twice")
-        stage, holders = self.schema.train.name, set(leases)
-        if lost := sorted(i for i in rows if i not in self.rows or self.rows[i].leases.get(stage) not in holders):
+        line = self._line[self.schema.train.name]
+        held = self.rows.is_open(rows)
+        holder = self.rows.lease[line, rows[held] - self.rows.base]
+        held[held] = np.isin(holder, np.array([*leases], np.int64)) & (holder != 0)
+        if not held.all():
+            lost = np.sort(rows[~held]).tolist()
             raise LeaseLost(f"a commit is for what its leases hold: they do not hold {_named(lost)}", rows=lost)
-        for sample_id in rows:
-            row = self.rows[sample_id]
-            bound = self.leases[row.leases[stage]].max_staleness
-            if self.staleness(row) > bound:
-                raise StalenessViolation(f"sample {sample_id} has staleness {self.staleness(row)}, above {bound}")
-        groups = {self.rows[sample_id].group_id for sample_id in rows}
-        if rows != set().union(*(self.groups[group_id] for group_id in groups)):
+        staleness = self.staleness(rows)
+        for lease_id in np.unique(holder).tolist():
+            bound, of_it = self.leases[lease_id].max_staleness, staleness[holder == lease_id]
+            if of_it.max() > bound:
+                worst = rows[holder == lease_id][of_it.argmax()]
+                raise StalenessViolation(f"sample {worst} has staleness {of_it.max()}, above {bound}")
+        groups = np.unique(rows // self.group_size)
+        if self.rows.is_open(self._members(groups).ravel()).sum() != len(rows):
             raise IllegalTransition("a commit holds whole groups: some sample of a group is missing")
         if len(groups) * self.group_size != self.terms.train_batch_size:
             raise IllegalTransition(
@@ -418,7 +479,8 @@ class Table:
 
     def drop(self, rows: Sequence[int], *, reason: str) -> list[Event]:
         """End open rows; those that have ended already are left alone."""
-        there = tuple(r for r in dict.fromkeys(rows) if r in self.rows)
+        named = np.array(list(dict.fromkeys(rows)), np.int64)
+        there = tuple(named[self.rows.is_open(named)].tolist())
         return [Dropped(rows=there, reason=reason), *self._short_groups(there)] if there else []
 
     def serve(self, engine: str, version: PolicyVersion | None) -> list[Event]:
@@ -473,36 +535,43 @@ class Table:
             raise IllegalTransition(f"the run, which is at {self.learner}, cannot go on from step {number}: {gone}")
         return [Resumed(version=PolicyVersion(incarnation=self.learner.incarnation + 1, n=number).packed)]
 
-    def released_by(self, event: Event) -> list[int]:
-        """Frames, once for each row, whose data nobody needs when this event has been applied."""
+    def released_by(self, event: Event) -> Counter[int]:
+        """Frames whose data so many rows do not need any more when this event has been applied."""
         match event:
             case Committed() if not self.terms.resumable:
-                rows = [self.rows[sample_id] for sample_id in event.trained + event.skipped]
+                return self._frames(np.array(event.trained + event.skipped, np.int64))
             case Dropped() | Quarantined():
-                rows = [self.rows[sample_id] for sample_id in event.rows]
+                return self._frames(np.array(event.rows, np.int64))
             case Checkpointed():
-                rows = [row for n in self._passed(event) for row in self.consumed[n].rows]
+                steps = [self.consumed[n].rows for n in self._passed(event)]
+                return self._frames(np.concatenate(steps)) if steps else Counter()
             case Resumed():
-                number, prompt = PolicyVersion.unpack(event.version).n, self.schema.prompt_mask
-                rows = [row for row in self._after(number) if _newest(row) > number]
-                return [frame for row in rows for columns, frame, _ in row.frames if columns != prompt]
+                number = PolicyVersion.unpack(event.version).n
+                back = [step.rows for n, step in self.consumed.items() if n > number]
+                rows = np.concatenate([self.rows.open(), *back])
+                return self._frames(rows[self._newest(rows) > number], but_prompt=True)
             case _:
-                return []
-        return [frame for row in rows for _, frame, _ in row.frames]
+                return Counter()
 
     def frames(self) -> Counter[int]:
         """Every frame that is needed → by how many rows."""
-        rows = [*self.rows.values(), *(row for step in self.consumed.values() for row in step.rows)]
-        return Counter(frame for row in rows for _, frame, _ in row.frames)
+        return self._frames(self.rows.alive())
+
+    def _frames(self, rows: Ids, *, but_prompt: bool = False) -> Counter[int]:
+        frames = self.rows.frame[int(but_prompt) :, rows - self.rows.base]
+        found, counts = np.unique(frames[frames != NONE], return_counts=True)
+        return Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
 
     def _passed(self, event: Checkpointed) -> list[int]:
         oldest = PolicyVersion.unpack(event.oldest).n
         return [n for n in self.consumed if n <= oldest]
 
-    def _after(self, number: int) -> list[Row]:
-        """Rows that are open when the run has gone back to this version number."""
-        back = (row for n, step in self.consumed.items() if n > number for row in step.rows)
-        return [*self.rows.values(), *back]
+    def held(self, lease_id: int) -> Ids:
+        """Rows that a lease still holds."""
+        lease = self.leases[lease_id]
+        rows = lease.rows[lease.rows >= self.rows.base]
+        held: Ids = rows[self.rows.lease[self._line[lease.stage], rows - self.rows.base] == lease_id]
+        return held
 
     def _holds(self, lease_id: int, rows: Sequence[int]) -> LeaseRecord:
         if len(set(rows)) != len(rows):
@@ -510,7 +579,11 @@ class Table:
         lease = self.leases.get(lease_id)
         if lease is None:
             raise LeaseLost(f"lease {lease_id} has ended; its samples may belong to another worker now", rows=rows)
-        if lost := [sample_id for sample_id in rows if sample_id not in lease.rows]:
+        ids = np.asarray(rows, np.int64)
+        held = (ids >= self.rows.base) & (ids < self.rows.end)
+        held[held] = self.rows.lease[self._line[lease.stage], ids[held] - self.rows.base] == lease_id
+        if not held.all():
+            lost = ids[~held].tolist()
             raise LeaseLost(f"lease {lease_id} has ended for {_named(lost)}", rows=lost)
         return lease
 
@@ -523,10 +596,12 @@ class Table:
         failed: dict[int, None] = {}
         reasons: dict[int, list[str]] = {}
         for event in returns:
-            stage = self.leases[event.lease_id].stage
-            for sample_id in event.rows:
-                reasons.setdefault(sample_id, list(self.rows[sample_id].reasons)).append(event.reason)
-                if final or self.rows[sample_id].attempts[stage] >= self.terms.max_attempts:
+            line = self._line[self.leases[event.lease_id].stage]
+            attempts = self.rows.attempts[line, np.array(event.rows, np.int64) - self.rows.base]
+            for sample_id, attempt in zip(event.rows, attempts.tolist(), strict=True):
+                before = self.rows.reasons.get(sample_id, [])
+                reasons.setdefault(sample_id, list(before)).append(event.reason)
+                if final or attempt >= self.terms.max_attempts:
                     failed[sample_id] = None
         poison: dict[str, list[int]] = {}
         for sample_id in failed:
@@ -536,13 +611,14 @@ class Table:
 
     def _short_groups(self, gone: Iterable[int]) -> list[Event]:
         """The end of what is left of these rows' groups, where that is too little to train."""
-        gone = set(gone)
-        events: list[Event] = []
-        for group_id in dict.fromkeys(self.rows[sample_id].group_id for sample_id in sorted(gone)):
-            rest = self.groups[group_id] - gone
-            if 0 < len(rest) < self.terms.min_group:
-                events.append(Dropped(rows=tuple(sorted(rest)), reason=SHORT_GROUP))
-        return events
+        lost = np.unique(np.array(list(gone), np.int64))
+        rows = self._members(np.unique(lost // self.group_size))
+        rest = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, lost)
+        left = rest.sum(axis=1)
+        return [
+            Dropped(rows=tuple(rows[group, rest[group]].tolist()), reason=SHORT_GROUP)
+            for group in np.flatnonzero((left > 0) & (left < self.terms.min_group))
+        ]
 
     # -- the one mutator -----------------------------------------------------------------------------------------------
 
@@ -554,44 +630,37 @@ class Table:
         return handler(self, event)
 
     def _apply_admitted(self, event: Admitted) -> set[str]:
-        topics: set[str] = set()
-        for offset, tokens in enumerate(event.prompt_tokens):
-            group_id = event.first_group + offset
-            first = event.first_sample + offset * self.group_size
-            self.groups[group_id] = set(range(first, first + self.group_size))
-            for sample_id in range(first, first + self.group_size):
-                row = Row(
-                    sample_id=sample_id,
-                    group_id=group_id,
-                    state=State.PROMPTED,
-                    columns=self.schema.prompt_mask,
-                    prompt_tokens=tokens,
-                    tokens=tokens,
-                    frames=[(self.schema.prompt_mask, event.frame, offset)],
-                )
-                self.rows[sample_id] = row
-                self.states[State.PROMPTED] += 1
-                topics |= self._enqueue(row)
-        self.next_group = event.first_group + len(event.prompt_tokens)
-        self.next_sample = event.first_sample + len(event.prompt_tokens) * self.group_size
-        return topics
+        groups = np.arange(event.first_group, event.first_group + len(event.prompt_tokens))
+        ids = self.rows.add(len(groups) * self.group_size)
+        index, rows = ids - self.rows.base, self.rows
+        rows.columns[index] = self.schema.prompt_mask
+        rows.prompt_tokens[index] = rows.tokens[index] = np.repeat(event.prompt_tokens, self.group_size)
+        rows.frame[0, index] = event.frame
+        rows.offset[0, index] = ids // self.group_size - event.first_group
+        self._counts[STATES.index(State.PROMPTED)] += len(ids)
+        self.groups.put(groups, there=True)
+        self.next_group += len(groups)
+        self.next_sample += len(ids)
+        return self._enqueue(ids)
 
     def _apply_leased(self, event: Leased) -> set[str]:
+        ids = np.array(event.rows, np.int64)
         self.leases[event.lease_id] = LeaseRecord(
-            event.stage, event.worker, set(event.rows), event.deadline, self.terms.max_staleness
+            event.stage, event.worker, ids, len(ids), event.deadline, self.terms.max_staleness
         )
         self.next_lease = event.lease_id + 1
         self._set_deadline(event.lease_id, event.deadline)
+        line = self._line[event.stage]
+        self.rows.lease[line, ids - self.rows.base] = event.lease_id
+        self.rows.attempts[line, ids - self.rows.base] += 1
         role = self.schema.stages[event.stage].role
-        for sample_id in event.rows:
-            row = self.rows[sample_id]
-            row.leases[event.stage] = event.lease_id
-            row.attempts[event.stage] = row.attempts.get(event.stage, 0) + 1
-            if role == "generate":
-                self._move(row, Move.START_GENERATING)
-            elif role == "train":
-                self._move(row, Move.START_TRAINING)
-                self.taken.add(row.group_id)
+        if role == "generate":
+            self._move(ids, Move.START_GENERATING)
+        elif role == "train":
+            self._move(ids, Move.START_TRAINING)
+            self.taken.put(self._groups_of(ids), there=True)
+        if role != "train":
+            self._ready[event.stage].put(ids, there=False)
         return set()
 
     def _apply_renewed(self, event: Renewed) -> set[str]:
@@ -604,63 +673,61 @@ class Table:
 
     def _apply_acked(self, event: Acked) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
-        train_needs = self.schema.needs[self.schema.train.name]
-        topics: set[str] = set()
-        for index, sample_id in enumerate(event.rows):
-            row = self.rows[sample_id]
-            self._release(row, stage.name)
-            row.columns |= event.columns
-            row.frames.append((event.columns, event.frame, index))
-            if event.tokens:
-                row.tokens += event.tokens[index]
-                row.oldest, row.newest = event.oldest[index], event.newest[index]
-            if stage.role == "generate":
-                self._move(row, Move.GENERATE)
-            if row.state is State.GENERATED and row.columns & train_needs == train_needs:
-                self._move(row, Move.COMPLETE_SCORES)
-                topics.add(self.schema.train.name)
-            topics |= self._enqueue(row)
-        return topics
+        ids, rows = np.array(event.rows, np.int64), self.rows
+        index = ids - rows.base
+        self._release(event.lease_id, ids)
+        rows.columns[index] |= event.columns
+        line = self._line[stage.name] + 1
+        rows.frame[line, index], rows.offset[line, index] = event.frame, np.arange(len(ids))
+        if event.tokens:
+            rows.tokens[index] += np.array(event.tokens, np.int32)
+            rows.oldest[index] = [NONE if version is None else version for version in event.oldest]
+            rows.newest[index] = [NONE if version is None else version for version in event.newest]
+        if stage.role == "generate":
+            self._move(ids, Move.GENERATE)
+        needs, topics = self.schema.needs[self.schema.train.name], set()
+        complete = ids[(rows.state[index] == GENERATED) & (rows.columns[index] & needs == needs)]
+        if len(complete):
+            self._move(complete, Move.COMPLETE_SCORES)
+            topics.add(self.schema.train.name)
+        return topics | self._enqueue(ids)
 
     def _apply_returned(self, event: Returned) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
+        ids = np.array(event.rows, np.int64)
+        self._release(event.lease_id, ids)
         for sample_id in event.rows:
-            row = self.rows[sample_id]
-            self._release(row, stage.name)
-            row.reasons.append(event.reason)
-            self._give_up(row, stage.name)
-            self._enqueue(row)
+            self.rows.reasons.setdefault(sample_id, []).append(event.reason)
+        self._give_up(ids, stage)
+        self._enqueue(ids)
         return {stage.name}
 
-    def _give_up(self, row: Row, stage: str) -> None:
-        """A stage does not work on a row any more, and has not finished it."""
+    def _give_up(self, ids: Ids, stage: Stage) -> None:
+        """A stage does not work on some rows any more, and has not finished them."""
         # A scoring stage may hold a row while another one generates or trains it: the role says what came back.
-        role = self.schema.stages[stage].role
-        if role == "generate":
-            self._move(row, Move.RETURN_PROMPT)
-        elif role == "train":
-            self._move(row, Move.RETURN_SCORED)
-            self.taken.discard(row.group_id)
+        if stage.role == "generate":
+            self._move(ids, Move.RETURN_PROMPT)
+        elif stage.role == "train":
+            self._move(ids, Move.RETURN_SCORED)
+            self.taken.put(self._groups_of(ids), there=False)
 
     def _apply_committed(self, event: Committed) -> set[str]:
-        step = Consumed([self.rows[i] for i in event.trained], [self.rows[i] for i in event.skipped])
-        for row in step.trained:
-            self._end(row, Move.TRAIN, "")
-        for row in step.skipped:
-            self._end(row, Move.DROP, SKIPPED)
+        step = Consumed(np.array(event.trained, np.int64), np.array(event.skipped, np.int64))
+        if self.terms.resumable:
+            self.rows.kept[step.rows - self.rows.base] = True
+        self._end(step.trained, Move.TRAIN, "")
+        self._end(step.skipped, Move.DROP, SKIPPED)
         self.learner = PolicyVersion.unpack(event.version)
         if self.terms.resumable:
             self.consumed[self.learner.n] = step
         return self._after_end()
 
     def _apply_dropped(self, event: Dropped) -> set[str]:
-        for sample_id in event.rows:
-            self._end(self.rows[sample_id], Move.DROP, event.reason)
+        self._end(np.array(event.rows, np.int64), Move.DROP, event.reason)
         return self._after_end()
 
     def _apply_quarantined(self, event: Quarantined) -> set[str]:
-        for sample_id in event.rows:
-            self._end(self.rows[sample_id], Move.QUARANTINE, event.reason)
+        self._end(np.array(event.rows, np.int64), Move.QUARANTINE, event.reason)
         return self._after_end()
 
     def _after_end(self) -> set[str]:
@@ -675,90 +742,125 @@ class Table:
         return {ADMISSION, self.schema.generate.name}
 
     def _apply_amended(self, event: Amended) -> set[str]:
-        self.terms = replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        terms = msgspec.structs.replace(self.terms, max_staleness=event.max_staleness, last_version=event.last_version)
+        self.terms = terms
         return {ADMISSION, *self.schema.stages}
 
     def _apply_checkpointed(self, event: Checkpointed) -> set[str]:
         for n in self._passed(event):
-            del self.consumed[n]
+            self._forget(self.consumed.pop(n).rows)
         return set()
+
+    def _forget(self, ids: Ids) -> None:
+        """These have ended for good."""
+        self.rows.kept[ids - self.rows.base] = False
+        for sample_id in self.rows.reasons.keys() & set(ids.tolist()):
+            del self.rows.reasons[sample_id]
 
     def _apply_resumed(self, event: Resumed) -> set[str]:
         self.learner = PolicyVersion.unpack(event.version)
-        number = self.learner.n
-        for row in self.rows.values():
-            for stage in list(row.leases):
-                self._interrupt(row, stage)
+        number, rows = self.learner.n, self.rows
+        ids = rows.open()
+        for stage in self.schema.stages.values():
+            # A lease whose worker is gone through no fault of the row was no attempt.
+            line = self._line[stage.name]
+            held = ids[rows.lease[line, ids - rows.base] != 0]
+            rows.lease[line, held - rows.base] = 0
+            rows.attempts[line, held - rows.base] -= 1
+            self._give_up(held, stage)
+        self.leases.clear()
         for n in sorted(n for n in self.consumed if n > number):
             step = self.consumed.pop(n)
             self.ended["trained"] -= len(step.trained)
             self.ended[f"{State.DROPPED}:{SKIPPED}"] -= len(step.skipped)
-            for row in step.rows:
-                self._take_back(row)
-        self.groups = OrderedDict(sorted(self.groups.items()))
-        for row in self.rows.values():
-            if _newest(row) > number:
-                self._generate_again(row)
+            self._move(step.rows, Move.TAKE_BACK)
+            rows.kept[step.rows - rows.base] = False
+            self.groups.put(self._groups_of(step.rows), there=True)
+        ids = rows.open()
+        self._generate_again(ids[self._newest(ids) > number])
         self.taken.clear()
         self.served.clear()
         self._deadlines.clear()
-        for queue in self._ready.values():
-            queue.clear()
-        for row in self.rows.values():
-            self._enqueue(row)
+        self._enqueue(ids)
         return {ADMISSION, *self.schema.stages}
 
-    def _interrupt(self, row: Row, stage: str) -> None:
-        """End a lease whose worker is gone through no fault of the row: it was no attempt."""
-        self._release(row, stage)
-        row.attempts[stage] -= 1
-        self._give_up(row, stage)
+    def _generate_again(self, ids: Ids) -> None:
+        self._move(ids, Move.GENERATE_AGAIN)
+        index, rows = ids - self.rows.base, self.rows
+        rows.columns[index], rows.tokens[index] = self.schema.prompt_mask, rows.prompt_tokens[index]
+        rows.oldest[index] = rows.newest[index] = NONE
+        rows.attempts[:, index] = 0
+        rows.frame[1:, index] = NONE
 
-    def _take_back(self, row: Row) -> None:
-        self.states[row.state] += 1  # counted among the open ones again, from where it was
-        self._move(row, Move.TAKE_BACK)
-        self.rows[row.sample_id] = row
-        self.groups.setdefault(row.group_id, set()).add(row.sample_id)
+    def _move(self, ids: Ids, move: Move) -> None:
+        if not len(ids):
+            return
+        before = self.rows.state[ids - self.rows.base]
+        after = NEXT[move][before]
+        if (illegal := after == ILLEGAL).any():
+            raise IllegalTransition(f"sample {ids[illegal][0]} is {STATES[before[illegal][0]]} and cannot {move}")
+        self.rows.state[ids - self.rows.base] = after
+        self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
 
-    def _generate_again(self, row: Row) -> None:
-        prompt = self.schema.prompt_mask
-        self._move(row, Move.GENERATE_AGAIN)
-        row.columns, row.tokens = prompt, row.prompt_tokens
-        row.oldest = row.newest = None
-        row.attempts.clear()
-        row.frames = [place for place in row.frames if place[0] == prompt]
+    def _end(self, ids: Ids, move: Move, reason: str) -> None:
+        if not len(ids):
+            return
+        self._move(ids, move)
+        state = STATES[self.rows.state[ids[0] - self.rows.base]]
+        self.ended[f"{state}:{reason}" if state is State.DROPPED else str(state)] += len(ids)
+        for stage, line in self._line.items():
+            leases = self.rows.lease[line, ids - self.rows.base]
+            for lease_id in np.unique(leases[leases != 0]).tolist():
+                self._release(lease_id, ids[leases == lease_id])
+            if stage in self._ready:
+                self._ready[stage].put(ids, there=False)
+        kept = self.rows.kept[ids - self.rows.base]
+        self._forget(ids[~kept])
+        groups = np.unique(ids // self.group_size)
+        rows = self._members(groups)
+        over = groups[~self.rows.is_open(rows.ravel()).reshape(rows.shape).any(axis=1)]
+        self.groups.put(over, there=False)
+        self.taken.put(over, there=False)
 
-    def _move(self, row: Row, move: Move) -> None:
-        self.states[row.state] -= 1
-        row.state = next_state(row.state, move)
-        self.states[row.state] += 1
-
-    def _end(self, row: Row, move: Move, reason: str) -> None:
-        self._move(row, move)
-        self.states[row.state] -= 1  # the counters of ends say it by reason
-        self.ended[f"{row.state}:{reason}" if row.state is State.DROPPED else str(row.state)] += 1
-        for stage in list(row.leases):
-            self._release(row, stage)
-        del self.rows[row.sample_id]
-        members = self.groups[row.group_id]
-        members.discard(row.sample_id)
-        if not members:
-            del self.groups[row.group_id]
-            self.taken.discard(row.group_id)
-
-    def _release(self, row: Row, stage: str) -> None:
-        lease_id = row.leases.pop(stage)
+    def _release(self, lease_id: int, ids: Ids) -> None:
         lease = self.leases[lease_id]
-        lease.rows.discard(row.sample_id)
-        if not lease.rows:
+        self.rows.lease[self._line[lease.stage], ids - self.rows.base] = 0
+        lease.left -= len(ids)
+        if not lease.left:
             del self.leases[lease_id]
 
-    def _enqueue(self, row: Row) -> set[str]:
-        """Put a row into the queues of the stages it is ready for; returns these stages."""
-        ready = {stage for stage in self._ready if self.is_ready(row, stage)}
-        for stage in ready:
-            heapq.heappush(self._ready[stage], row.sample_id)
-        return ready
+    def _enqueue(self, ids: Ids) -> set[str]:
+        """Remember which of the rows are ready for which stages; returns the stages that have new ones."""
+        topics = set()
+        for stage, marks in self._ready.items():
+            ready = self.is_ready(ids, stage)
+            marks.put(ids, ready)
+            if ready.any():
+                topics.add(stage)
+        return topics
+
+    def is_ready(self, ids: Ids, stage: str) -> Flags:
+        """Which of these rows, which have entries, a stage could take."""
+        index = ids - self.rows.base
+        needs, writes, columns = self.schema.needs[stage], self.schema.writes[stage], self.rows.columns[index]
+        ready: Flags = (columns & needs == needs) & (self.rows.lease[self._line[stage], index] == 0)
+        if writes:
+            ready &= columns & writes != writes
+        return ready & (self.rows.state[index] < len(OPEN_STATES))
+
+    def _groups_of(self, ids: Ids) -> Ids:
+        return np.unique(ids // self.group_size)
+
+    def _newest(self, ids: Ids) -> NDArray[np.int64]:
+        """Number of the version of each row's newest token; −1 without tokens."""
+        newest = self.rows.newest[ids - self.rows.base]
+        numbers: NDArray[np.int64] = np.where(newest == NONE, -1, newest & NUMBER)
+        return numbers
+
+    def _writer_line(self, column: str) -> int:
+        """In which line of `Rows.frame` a column is."""
+        bit = self.schema.bit(column)
+        return next((self._line[name] + 1 for name, writes in self.schema.writes.items() if writes & bit), 0)
 
     # -- the account ---------------------------------------------------------------------------------------------------
 
@@ -771,37 +873,25 @@ class Table:
         """Samples out on lease, by stage."""
         counts: Counter[str] = Counter()
         for lease in self.leases.values():
-            counts[lease.stage] += len(lease.rows)
+            counts[lease.stage] += lease.left
         return dict(counts)
 
     def snapshot(self) -> Mapping[str, Any]:
         """The whole state as plain values: equal for two tables to which the same events were applied."""
         return {
             "terms": self.terms,
-            "rows": {i: _plain(row) for i, row in self.rows.items()},
-            "consumed": {n: ([_plain(row) for row in step.trained], [_plain(row) for row in step.skipped])
-                         for n, step in self.consumed.items()},
-            "groups": {group_id: tuple(sorted(members)) for group_id, members in self.groups.items()},
-            "taken": tuple(sorted(self.taken)),
-            "leases": {i: (r.stage, r.worker, tuple(sorted(r.rows))) for i, r in self.leases.items()},
+            "rows": self.rows.plain(),
+            "consumed": {n: (tuple(s.trained.tolist()), tuple(s.skipped.tolist())) for n, s in self.consumed.items()},
+            "groups": tuple(self.groups.first(self.groups.count).tolist()),
+            "taken": tuple(self.taken.first(self.taken.count).tolist()),
+            "ready": {stage: tuple(marks.first(marks.count).tolist()) for stage, marks in self._ready.items()},
+            "leases": {i: (r.stage, r.worker, r.left) for i, r in self.leases.items()},
             "served": dict(self.served),
             "learner": self.learner,
             "next": (self.next_sample, self.next_group, self.next_lease),
             "ended": dict(self.ended),
-            "states": {state: self.states[state] for state in OPEN_STATES},
-        }  # fmt: skip
-
-
-def _newest(row: Row) -> int:
-    """Number of the version of its newest token; −1 without tokens."""
-    return -1 if row.newest is None else PolicyVersion.unpack(row.newest).n
-
-
-def _plain(row: Row) -> tuple[Any, ...]:
-    return (
-        row.sample_id, row.group_id, row.state, row.columns, row.prompt_tokens, row.tokens, row.oldest, row.newest,
-        dict(row.leases), dict(row.attempts), tuple(row.reasons), tuple(row.frames),
-    )  # fmt: skip
+            "states": self.states,
+        }
 
 
 def _named(sample_ids: Sequence[int]) -> str:

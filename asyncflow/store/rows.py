@@ -1,0 +1,205 @@
+"""What the table knows about each sample, as arrays: whatever is done to a thousand samples is done at once.
+
+Entry i belongs to sample `base + i`. Arrays grow by doubling, and forget their beginning when all of it has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncflow.store.lifecycle import OPEN_STATES, State
+
+Ids = NDArray[np.int64]
+"""Sample or group ids."""
+Flags = NDArray[np.bool_]
+
+NONE: Final = -1
+"""In place of a policy version or a frame that there is not."""
+CHUNK: Final = 4096
+"""Entries that are counted together in `Marks`, and by which arrays forget."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One sample, copied out for those who look at one."""
+
+    sample_id: int
+    group_id: int
+    state: State
+    columns: int
+    """Bit set of the columns that are there."""
+    prompt_tokens: int
+    tokens: int
+    """Prompt and response."""
+    oldest: int | None
+    """Oldest and newest packed policy version among the response tokens."""
+    newest: int | None
+    leases: dict[str, int]
+    """Stage → lease that holds the row."""
+    attempts: dict[str, int]
+    """Stage → leases so far."""
+    reasons: list[str]
+    """Why it came back."""
+
+
+class Marks:
+    """A set of ids, of which the lowest are asked for. All calls take many at once. What they cost does not depend on
+    how many there are, but for one count for every `CHUNK` ids between the lowest and the highest."""
+
+    def __init__(self) -> None:
+        self._base = 0
+        self._bits = np.zeros(CHUNK, np.bool_)
+        self._counts = np.zeros(1, np.int64)
+        self.count = 0
+        """How many there are."""
+
+    def put(self, ids: Ids, there: Flags | bool) -> None:
+        """Add (`there`) or remove ids; each is named once."""
+        there = np.broadcast_to(there, ids.shape)
+        inside = self._inside(ids)
+        if not inside.all():
+            if len(new := ids[there]):
+                self._reach(int(new.min()), int(new.max()))
+                inside = self._inside(ids)
+            ids, there = ids[inside], there[inside]  # what has no place is not there, and need not be removed
+        places = ids - self._base
+        change = np.subtract(there, self._bits[places], dtype=np.int64)
+        self._bits[places] = there
+        np.add.at(self._counts, places // CHUNK, change)
+        self.count += int(change.sum())
+
+    def has(self, ids: Ids) -> Flags:
+        """Which of these are there."""
+        inside = self._inside(ids)
+        if inside.all():
+            return self._bits[ids - self._base]
+        inside[inside] = self._bits[ids[inside] - self._base]
+        return inside
+
+    def first(self, most: int) -> Ids:
+        """The lowest ones, ascending, at most so many."""
+        found: list[Ids] = []
+        have = 0
+        for chunk in np.flatnonzero(self._counts) if most > 0 else ():
+            begin = int(chunk) * CHUNK
+            members = np.flatnonzero(self._bits[begin : begin + CHUNK])
+            found.append(members + (begin + self._base))
+            have += len(members)
+            if have >= most:
+                break
+        return np.concatenate(found)[:most] if found else np.zeros(0, np.int64)
+
+    def clear(self) -> None:
+        self._bits[:] = False
+        self._counts[:] = 0
+        self.count = 0
+
+    def _inside(self, ids: Ids) -> Flags:
+        return (ids >= self._base) & (ids < self._base + len(self._bits))
+
+    def _reach(self, lowest: int, highest: int) -> None:
+        """Have a place for these and for what is there, and for nothing before."""
+        used = np.flatnonzero(self._counts)
+        begin, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        before = self._base // CHUNK  # chunks from 0 on
+        first, last = lowest // CHUNK, highest // CHUNK + 1
+        if len(used):
+            first, last = min(first, before + begin), max(last, before + end)
+        chunks = 1 << (last - first - 1).bit_length() + 1
+        bits, counts = np.zeros(chunks * CHUNK, np.bool_), np.zeros(chunks, np.int64)
+        at = before + begin - first
+        bits[at * CHUNK : (at + end - begin) * CHUNK] = self._bits[begin * CHUNK : end * CHUNK]
+        counts[at : at + end - begin] = self._counts[begin:end]
+        self._base, self._bits, self._counts = first * CHUNK, bits, counts
+
+
+class Rows:
+    """One array for each thing that is known of a sample, of all samples between `base` and `end`.
+
+    Two-dimensional ones have a line for each stage; `frame` and `offset` one for the prompt, and then one for each
+    stage that writes. An index is a sample id − `base`.
+    """
+
+    state: NDArray[np.uint8]
+    """Place in `STATES`."""
+    kept: Flags
+    """Ended, and yet it may be taken back."""
+    columns: NDArray[np.int64]
+    """Bit set of the columns that are there."""
+    prompt_tokens: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    """Prompt and response."""
+    oldest: NDArray[np.int64]
+    """Oldest and newest packed policy version among the response tokens, or NONE."""
+    newest: NDArray[np.int64]
+    lease: NDArray[np.int64]
+    """Stage → lease that holds the row, or 0."""
+    attempts: NDArray[np.int32]
+    """Stage → leases so far."""
+    frame: NDArray[np.int64]
+    """Where the data are: the frame that has the columns of this line, or NONE, and the row in it."""
+    offset: NDArray[np.int32]
+
+    def __init__(self, stages: int) -> None:
+        self._fields: dict[str, tuple[type, int, tuple[int, ...]]] = {
+            "state": (np.uint8, 0, ()),
+            "kept": (np.bool_, 0, ()),
+            "columns": (np.int64, 0, ()),
+            "prompt_tokens": (np.int32, 0, ()),
+            "tokens": (np.int32, 0, ()),
+            "oldest": (np.int64, NONE, ()),
+            "newest": (np.int64, NONE, ()),
+            "lease": (np.int64, 0, (stages,)),
+            "attempts": (np.int32, 0, (stages,)),
+            "frame": (np.int64, NONE, (stages + 1,)),
+            "offset": (np.int32, 0, (stages + 1,)),
+        }
+        self.base = self.end = 0
+        self.reasons: dict[int, list[str]] = {}
+        """Sample → why it came back, where it did."""
+        for name, (dtype, fill, lines) in self._fields.items():
+            setattr(self, name, np.full((*lines, CHUNK), fill, dtype))
+
+    def add(self, count: int) -> Ids:
+        """Make entries for so many new samples, and return their ids."""
+        if self.end + count - self.base > len(self.state):
+            self._make_room(count)
+        first, self.end = self.end, self.end + count
+        return np.arange(first, self.end)
+
+    def alive(self) -> Ids:
+        """Samples that are open, or may be taken back."""
+        state = self.state[: self.end - self.base]
+        return np.flatnonzero((state < len(OPEN_STATES)) | self.kept[: len(state)]) + self.base
+
+    def open(self) -> Ids:
+        """Samples that have not ended."""
+        return np.flatnonzero(self.state[: self.end - self.base] < len(OPEN_STATES)) + self.base
+
+    def is_open(self, ids: Ids) -> Flags:
+        """Which of these are samples that have not ended; any number may be asked for."""
+        inside = (ids >= self.base) & (ids < self.end)
+        inside[inside] = self.state[ids[inside] - self.base] < len(OPEN_STATES)
+        return inside
+
+    def plain(self) -> dict[str, Any]:
+        """Everything about the samples that are alive, as values that can be compared."""
+        ids = self.alive()
+        arrays = {name: getattr(self, name)[..., ids - self.base].tobytes() for name in self._fields}
+        return {"ids": ids.tobytes(), **arrays, "reasons": {i: tuple(why) for i, why in self.reasons.items()}}
+
+    def _make_room(self, count: int) -> None:
+        alive = self.alive()
+        base = (int(alive[0]) if len(alive) else self.end) // CHUNK * CHUNK
+        length = CHUNK
+        while length < (self.end - base + count) * 3 // 2:
+            length *= 2
+        for name, (dtype, fill, lines) in self._fields.items():
+            array: NDArray[Any] = np.full((*lines, length), fill, dtype)
+            array[..., : self.end - base] = getattr(self, name)[..., base - self.base : self.end - self.base]
+            setattr(self, name, array)
+        self.base = base
