@@ -863,8 +863,8 @@ class Lives:
         """Without closing anything: what is not in the files is gone."""
         self.bench.store._closed = True
 
-    def begin_again(self, step: int | None = None) -> Bench:
-        self.bench.store = Store.reopen(SCHEMA, ledger=self.ledger, data=self.data, step=step)
+    def begin_again(self, step: int | None = None, clock: Clock | None = None) -> Bench:
+        self.bench.store = Store.reopen(SCHEMA, ledger=self.ledger, data=self.data, step=step, clock=clock)
         return self.bench
 
 
@@ -941,6 +941,36 @@ def test_data_stay_until_a_checkpoint_has_passed_their_step(lives: Lives) -> Non
     with pytest.raises(IllegalTransition, match=r"cannot go on from step 1: what step 2 consumed is gone"):
         lives.begin_again(step=1)
     lives.begin_again(step=2)
+
+
+def test_a_lease_that_ran_out_while_no_process_was_there_was_no_attempt(lives: Lives) -> None:
+    lives.bench.admit(2)
+    lives.bench.generate()
+    lives.bench.score()
+    clock = ManualClock()
+    for _ in range(5):
+        lease = lives.bench.take("train")
+        clock.advance(lease.deadline + 1000.0)
+        lives.die()
+        lives.begin_again(clock=clock)
+        lives.bench.store.serve("engine", PolicyVersion(n=0))
+
+    account = lives.bench.store.counts()
+    assert (account.quarantined, account.states["rewarded"]) == (0, 4)
+    assert set(lives.bench.take("train").attempts.tolist()) == {1}
+
+
+def test_a_step_that_was_taken_back_was_no_failed_attempt(lives: Lives) -> None:
+    for life in range(5):
+        if life == 0:
+            step_of(lives.bench, 0, 1)
+        else:
+            lease = lives.bench.take("train")
+            assert set(lease.attempts.tolist()) == {1}
+            version = PolicyVersion(incarnation=life, n=1)
+            lives.bench.store.commit(leases=[lease.lease_id], trained=ids(lease), skipped=[], version=version)
+        lives.die()
+        lives.begin_again(step=0)
 
 
 def test_a_segment_goes_with_the_last_row_that_needs_it(tmp_path: Path) -> None:

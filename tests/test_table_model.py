@@ -274,6 +274,7 @@ class Witness:
             self.ends["dropped"] -= len(skipped)
             for sample in [*trained, *skipped]:
                 sample.state = "rewarded"
+                del sample.attempts[TRAIN.name]
                 sample.held.clear()
                 self.open[sample.sample_id] = sample
         for sample in self.open.values():

@@ -74,7 +74,8 @@ class Store:
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
         store = cls(table, Journal(ledger), FileSegments(data, needed=table.frames()), clock)
-        with store._operation():
+        with store._lock:
+            # Before any lease could run out: that nobody renewed it is not the fault of its rows.
             store._perform(events)
         return store
 

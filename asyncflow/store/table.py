@@ -775,6 +775,7 @@ class Table:
             self.ended[f"{State.DROPPED}:{SKIPPED}"] -= len(step.skipped)
             self._move(step.rows, Move.TAKE_BACK)
             rows.kept[step.rows - rows.base] = False
+            rows.attempts[self._line[self.schema.train.name], step.rows - rows.base] = 0  # the last one was no failure
             self.groups.put(self._groups_of(step.rows), there=True)
         ids = rows.open()
         self._generate_again(ids[self._newest(ids) > number])
