@@ -58,8 +58,7 @@ def run(
 
     `config` is a YAML file, its values, or a `Config`; `overrides` are `a.b=value`. `rollout`, `learner`, `reference`
     and `reward` take the place of what the configuration names. Raises UserError before anything starts, and RunFailed
-    when the run fails; KeyboardInterrupt stops it in order and returns what there is. vLLM starts processes that import
-    the main module again, so a script calls this under `if __name__ == "__main__":`.
+    when the run fails; KeyboardInterrupt stops it in order and returns what there is.
 
     Example::
 
