@@ -156,6 +156,7 @@ def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> Config:
         raise ConfigError(f"there is no run in {run_dir}: name a run directory") from None
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read ({error}): restore it") from error
+    values["max_staleness"] = audit(run_dir).terms.max_staleness  # it may have been set while the run went on
     before = parse_config(values)
     after = parse_config(values, overrides).model_copy(update={"run_dir": run_dir})
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 from asyncflow.engines.fake import FakeLearner
 
 
+class FullDisk(Exception):
+    """What a library raises that has an error of its own for it, as safetensors does."""
+
+
 class NoRoom(FakeLearner):
     def save_state(self, folder: Path) -> None:
         super().save_state(folder)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise FullDisk("No space left on device")

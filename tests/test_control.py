@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from asyncflow.errors import ControlError
-from asyncflow.launch import resume
+from asyncflow.launch import prepare_resume, resume
 from asyncflow.report.audit import audit
 from asyncflow.runtime.control import ControlClient, ControlServer
 from asyncflow.store.events import Amended
@@ -231,6 +231,8 @@ def test_a_run_is_paused_changed_and_stopped_from_another_terminal(
     assert account.highest_bound == 3
     assert max(account.staleness) <= 3
     made = account.learner.n
+    ready, _ = prepare_resume(run_dir, overrides=[f"steps={made + 2}"])
+    assert ready.config.max_staleness == 3  # what was set while it went on, and not what it began with
     assert resume(run_dir, overrides=[f"steps={made + 2}"]).summary.steps == made + 2
     assert audit(run_dir).taken_back == 0  # the checkpoint at the end was of the last step
 

@@ -16,7 +16,7 @@ import pytest
 from asyncflow.engines.base import Capabilities, GenerationRequest, RolloutEngine, WeightSnapshot
 from asyncflow.engines.fake import BIGRAM, FakeLearner, FakeRollout, FakeScorer
 from asyncflow.engines.models import resolve_model
-from asyncflow.errors import ConfigError, EngineError
+from asyncflow.errors import Closed, ConfigError, EngineError
 from asyncflow.launch import resolve
 from asyncflow.placement import resolve_cores
 from asyncflow.plan import describe, plan
@@ -408,7 +408,7 @@ def test_nobody_waits_for_a_turn_when_the_run_ends(host: EngineHost) -> None:
     host.cancel()
 
     for one in waiting:
-        with pytest.raises(EngineError, match="the run is ending"):
+        with pytest.raises(Closed, match="the run is ending"):
             one.result(SOON)
 
 

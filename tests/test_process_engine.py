@@ -103,6 +103,19 @@ def test_what_the_engine_raises_is_raised_here() -> None:
     during(scenario)
 
 
+def test_an_error_that_is_none_of_ours_is_that_of_one_completion() -> None:
+    async def whole() -> None:
+        config = resolve(TINY, ["rollout.engine=tests.failing_engine:FailsForOne"])
+        made = ProcessEngine(config, resolve_model("tiny"), FakeRollout.capabilities)
+        await made.start()
+        with pytest.raises(RuntimeError, match="ValueError: not this one"):
+            await made.generate(request("bad"))
+        assert len((await made.generate(request("good"))).token_ids)
+        await made.stop()
+
+    asyncio.run(asyncio.wait_for(whole(), SOON))
+
+
 def test_an_engine_that_cannot_start_says_why() -> None:
     async def whole() -> None:
         config = resolve(TINY, ["rollout.engine=tests.failing_engine:DoesNotStart"])

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from asyncflow.errors import CheckpointError, ConfigError, LedgerError, ModelError, UserError
+from asyncflow.engines.fake import FakeRollout
+from asyncflow.engines.models import resolve_model
+from asyncflow.errors import CheckpointError, ConfigError, LedgerError, ModelError, RunFailed, UserError
 from asyncflow.launch import Run, prepare_resume, resume
 from asyncflow.report.audit import audit
 from asyncflow.runtime.checkpoint import checkpoints
@@ -25,6 +27,7 @@ from asyncflow.runtime.metrics import read_metrics
 from asyncflow.store.events import Leased, Resumed
 from asyncflow.store.journal import read_ledger
 from tests.conftest import TINY, RunTiny
+from tests.failing_engine import DoesNotStart
 from tests.processes import DEADLINE, wait_until
 
 REPEATABLE = ("deterministic=true", "max_staleness=0", "data.eval_size=0")
@@ -295,6 +298,18 @@ def test_what_cannot_go_on_is_refused_in_a_sentence_and_nothing_is_touched(
         resume(stopped, **arguments)
 
     assert tree(stopped) == before
+
+
+def test_a_resume_that_makes_no_step_leaves_the_checkpoint_as_it_is(run_tiny: RunTiny) -> None:
+    run_dir = run_tiny("steps=4", "checkpoint.every=2").run_dir
+    before = tree(run_dir / "checkpoints")
+
+    with pytest.raises(RunFailed, match="on fire"):
+        resume(run_dir, overrides=["steps=6"], rollout=DoesNotStart(resolve_model("tiny")))
+
+    assert tree(run_dir / "checkpoints") == before
+    assert resume(run_dir, overrides=["steps=6"], rollout=FakeRollout(resolve_model("tiny"))).summary.steps == 6
+    assert audit(run_dir).ok
 
 
 def test_an_older_checkpoint_helps_when_the_last_one_is_damaged(stopped: Path) -> None:

@@ -24,7 +24,7 @@ from asyncflow.store.client import Lease
 from asyncflow.store.events import Acked, Admitted, Committed, Opened, Quarantined
 from asyncflow.store.journal import read_ledger
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.segments import HEADER_BYTES, FileSegments, MemorySegments, frames_of
+from asyncflow.store.segments import HEADER_BYTES, FileSegments, MemorySegments, headers_of
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
@@ -980,12 +980,58 @@ def test_a_segment_goes_with_the_last_row_that_needs_it(tmp_path: Path) -> None:
 
     segments.release(first)
     segments.release(second, 2)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert [path.name for path in segments.unneeded()] == ["000002.segment"]
     segments.release(first)
     segments.release(third, 2)
 
-    assert [path.name for path in tmp_path.iterdir()] == ["000003.segment"]  # the one that is being written
+    assert [path.name for path in segments.unneeded()] == ["000001.segment"]  # the last one is being written
     segments.close()
+
+
+def test_data_that_nobody_needs_stay_until_the_ledger_says_so_on_disk(lives: Lives) -> None:
+    store = lives.bench.store
+    step_of(lives.bench, 0, 1)
+    store.close()
+    lives.begin_again()
+    lives.bench.store.serve("engine", PolicyVersion(incarnation=1, n=1))
+    step_of(lives.bench, 1, 2)
+    lives.bench.store.checkpointed(PolicyVersion(incarnation=1, n=2), oldest=PolicyVersion(incarnation=1, n=2))
+    assert len(list(lives.data.iterdir())) == 2
+
+    lives.bench.store.sync()
+
+    assert [path.name for path in lives.data.iterdir()] == ["000002.segment"]
+
+
+def test_numbers_of_segments_are_not_used_again(lives: Lives) -> None:
+    step_of(lives.bench, 0, 1)
+    lives.bench.store.checkpointed(PolicyVersion(n=1), oldest=PolicyVersion(n=1))
+    for _ in range(3):
+        lives.bench.store.close()
+        lives.begin_again()
+    lives.bench.store.serve("engine", PolicyVersion(incarnation=3, n=1))
+    lives.bench.admit(1)
+
+    assert [path.name for path in lives.data.iterdir()] == ["000002.segment"]
+
+
+def test_damage_costs_only_the_samples_whose_bytes_it_hit(lives: Lives) -> None:
+    lives.bench.admit(1)
+    lives.bench.admit(1)
+    lives.bench.generate()
+    lives.die()
+    (path,) = lives.data.iterdir()
+    content = bytearray(path.read_bytes())
+    first = next(header for header in headers_of(content, 1) if header.rows)
+    content[first.offset + HEADER_BYTES + 100] ^= 1
+    path.write_bytes(content)
+
+    lives.begin_again()
+    lives.bench.store.serve("engine", PolicyVersion(n=0))
+    lease = lives.bench.take("reward")
+
+    assert ids(lease) == [2, 3]
+    assert lives.bench.store.counts().quarantined == 2
 
 
 def test_a_torn_tail_is_nobodys_and_damage_in_the_middle_is_named(lives: Lives) -> None:
@@ -993,7 +1039,7 @@ def test_a_torn_tail_is_nobodys_and_damage_in_the_middle_is_named(lives: Lives) 
     lives.die()
     (path,) = lives.data.iterdir()
     content = bytearray(path.read_bytes())
-    *_, (last, _) = frames_of(content, 1)
+    *_, last = headers_of(content, 1)
     torn = b"AFRM and then the power went"
     content[last.end : last.end + len(torn)] = torn
     path.write_bytes(content)

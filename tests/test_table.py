@@ -919,6 +919,19 @@ def test_an_event_that_this_program_does_not_know_is_refused(kind: str, body: st
         from_json(kind, body)
 
 
+def test_no_step_is_made_after_the_last_one_though_there_are_samples_for_it() -> None:
+    bench = Bench(last=5)
+    bench.fill()
+    bench.generate(list(bench.table.samples()))
+    bench.do(bench.table.amend(last_version=1))
+    bench.step()
+
+    assert bench.table.states[State.REWARDED] == 4
+    assert bench.lease("actor_update") is None
+    bench.do(bench.table.amend(last_version=2))
+    assert bench.take("actor_update").rows == (4, 5, 6, 7)
+
+
 def test_only_events_can_be_applied() -> None:
     with pytest.raises(TypeError):
         Bench().table.apply(Event())

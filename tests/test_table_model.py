@@ -327,6 +327,8 @@ def expected_groups(seen: Witness, max_rows: int, max_tokens: int | None) -> tup
     """Rows to drop, and rows to lease: complete groups among the first B places that are open."""
     dropped: set[int] = set()
     chosen: list[Sample] = []
+    if seen.learner == seen.terms.last_version:
+        return dropped, []
     window = seen.terms.train_batch_size // seen.terms.num_generations
     for members in seen.groups().values():
         if window == 0:

@@ -235,6 +235,17 @@ def test_a_rollout_that_never_ends_is_named_once_then_given_back_and_in_the_end_
     assert hanging.rollout.under_way() == []
 
 
+def test_what_is_cancelled_because_the_run_ends_was_no_attempt(hanging: Hanging) -> None:
+    hanging.generate()
+    hanging.finish_the_others()
+
+    hanging.host.cancel()
+    hanging.rollout.room()  # a place is free again, so it has been dealt with
+
+    row = hanging.store.table.samples()[5]
+    assert (row.state, row.reasons) == ("generating", [])  # as if the process had been killed: see Resumed
+
+
 def test_a_completion_that_waits_to_be_let_in_is_neither_slow_nor_overdue(hanging: Hanging) -> None:
     hanging.generate()
     hanging.finish_the_others()

@@ -36,8 +36,10 @@ from asyncflow.engines.weights.channel import PublishedWeights
 from asyncflow.errors import AsyncFlowError, EngineError
 from asyncflow.types import Completion, FinishReason, PolicyVersion, Sampling, UpdateMode
 
-STOP_SECONDS = 120.0
-"""Deadline for the child to leave after its engine has stopped; after that it is killed."""
+STOP_SECONDS = 720.0
+"""Deadline for the engine to stop, in the middle of its start if need be …"""
+LEAVE_SECONDS = 60.0
+"""… and for the child to leave then; after that it is killed."""
 LENGTH = struct.Struct("<I")
 
 
@@ -185,8 +187,9 @@ class ProcessEngine(RolloutEngine):
         if process is None:
             return
         try:
-            with suppress(EngineError):  # it has ended already
-                await self._ask(lambda call: Control(call=call, what="stop"))
+            with suppress(Exception):  # it has ended already, or cannot any more: then it is made to
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._ask(lambda call: Control(call=call, what="stop"))
         finally:
             if self._writer is not None:
                 self._writer.close()  # the end of file for which the child waits
@@ -210,6 +213,17 @@ class ProcessEngine(RolloutEngine):
             del self._waiting[call]
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
+        self._end = "the process of the engine has ended: its log above says why"
+        try:
+            await self._hand_out(reader)
+        except msgspec.MsgspecError as error:
+            self._end = f"the engine gave an answer that cannot be read: {error}"
+        finally:
+            for waiting in self._waiting.values():
+                if not waiting.done():
+                    waiting.set_exception(EngineError(self._end))
+
+    async def _hand_out(self, reader: asyncio.StreamReader) -> None:
         while (body := await _receive(reader)) is not None:
             message = _TO_PARENT.decode(body)
             waiting = self._waiting.get(message.call)
@@ -219,24 +233,20 @@ class ProcessEngine(RolloutEngine):
                 waiting.set_exception(_error(message))
             else:
                 waiting.set_result(message)
-        self._end = "the process of the engine has ended: its log above says why"
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(EngineError(self._end))
 
 
 def _error(failed: Failed) -> Exception:
-    """What the engine raised, where it is one of ours."""
+    """What the engine raised; an error that is none of ours is a failure of one sample, as in this process."""
     kind = getattr(errors, failed.error, None)
     if isinstance(kind, type) and issubclass(kind, AsyncFlowError):
         return kind(failed.text)
-    return EngineError(f"{failed.error}: {failed.text}")
+    return RuntimeError(f"{failed.error}: {failed.text}")
 
 
 def _leave(process: subprocess.Popen[bytes]) -> None:
     """Wait for the child to leave by itself, or see to it."""
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(LEAVE_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -294,12 +304,12 @@ async def serve(connection: socket.socket) -> None:
 
     async def answer(message: Message) -> None:
         try:
-            reply = await carry_out(message)
+            _send(writer, await carry_out(message))
         except Exception as error:
-            reply = Failed(call=message.call, error=type(error).__name__, text=str(error))
+            text = str(error).encode(errors="replace").decode()
+            _send(writer, Failed(call=message.call, error=type(error).__name__, text=text))
         finally:
             del tasks[message.call]
-        _send(writer, reply)
 
     while (body := await _receive(reader)) is not None:
         message = _TO_CHILD.decode(body)

@@ -116,13 +116,15 @@ class Checkpointer:
         recorder: Recorder,
         save: Callable[[Path], None],
         settle: Callable[[], None],
+        made: int,
         digest: Callable[[], str],
         cursor: Callable[[], Cursor],
         problems: str,
     ) -> None:
         """`every`: steps, 0 makes none. `save` writes the learner's state into a new folder; `digest` is that of the
         weights it has, `cursor` the place of the next prompt that was not admitted yet. `settle` waits until what else
-        is kept of the steps so far is on disk, because a run that goes on from here does not make them again."""
+        is kept of the steps so far is on disk, because a run that goes on from here does not make them again. `made`:
+        the step of which there is a checkpoint already, from which the run goes on."""
         self._folder = run_dir / CHECKPOINTS
         self._every = every
         self._keep = keep
@@ -135,7 +137,7 @@ class Checkpointer:
         self._problems = problems
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._last: PolicyVersion | None = None
+        self._made = made
 
     def after_step(self, version: PolicyVersion) -> None:
         """Make a checkpoint if it is time. In the learner's thread, between two steps."""
@@ -144,20 +146,19 @@ class Checkpointer:
 
     def make(self, version: PolicyVersion) -> None:
         """Make a checkpoint of the weights that the learner has, unless there is one; returns before it is complete."""
-        if not self._every or version == self._last:
-            return
         self.wait()
+        if not self._every or version.n == self._made:
+            return
         began = time.monotonic()
         aside = self._folder / f"{ASIDE}step-{version.n:06}"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             self._save(aside / LEARNER)
-        except OSError as error:
+        except Exception as error:  # an engine's library may have errors of its own for a full disk
             self._fail(version, aside, error)
             return
         seconds = time.monotonic() - began
-        self._last = version
         state = {
             "format": FORMAT,
             "version": str(version),
@@ -188,18 +189,18 @@ class Checkpointer:
             (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for path in (*files, aside / STATE, aside / LEARNER, aside):
                 sync_file(path)
-            path = self._folder / f"step-{version.n:06}"
-            shutil.rmtree(path, ignore_errors=True)  # of an earlier life, which this one has gone back behind
-            aside.rename(path)
+            aside.rename(self._folder / f"step-{version.n:06}")
             sync_file(self._folder)
             # The ledger hears of it when it is there, and before an older one goes that it might have to go back to.
             kept = sorted(self._folder.glob("step-*"))[-self._keep :]
             self._store.checkpointed(version, oldest=read(kept[0]).version)
+            self._store.sync()
             for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old)
         except Exception as error:
             self._fail(version, aside, error)
             return
+        self._made = version.n
         size = sum(size for size, _ in state["files"].values())
         values = {"step": version.n, "copy_s": copy_s, "complete_s": time.monotonic() - began, "bytes": size}
         self._recorder.log("checkpoint", values)

@@ -156,7 +156,8 @@ def _carry_out(
         found: list[str | None] = []
         if _attempt("find the bottleneck", lambda: found.append(diagnose(run.run_dir))):
             summary = replace(summary, bottleneck=found[0])
-        (run.run_dir / SUMMARY).write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(summary), indent=2) + "\n"
+        _attempt("write the summary", lambda: (run.run_dir / SUMMARY).write_text(text, encoding="utf-8"))
         _attempt("write the report", lambda: at_end(run.run_dir))
     return summary, failure
 
@@ -269,6 +270,7 @@ class _Run:
             recorder=self._metrics,
             save=pipeline.engine.save_state,
             settle=self._settle,
+            made=0 if self._going_on is None else self._going_on.step,
             digest=digest,
             cursor=lambda: pipeline.prompts.cursor,
             problems=self._plan.problems.digest,
@@ -382,11 +384,14 @@ class _Run:
             if pipeline.learner.name in stuck:
                 # It still changes the weights: what would be saved now is nobody's policy.
                 reason = f"{reason}; the learner did not stop, so its weights are not saved"
+            elif not self._sound(pipeline):
+                # Of a step that is not in the ledger.
+                reason = f"{reason}; the weights belong to no step, so they are not saved"
             elif steps:
-                if self._checkpointer is not None and self._sound(pipeline):
-                    _attempt("make the last checkpoint", lambda: self._last_checkpoint(pipeline))
+                _attempt("make the last checkpoint", lambda: self._last_checkpoint(pipeline))
                 if _attempt("save the weights", lambda: pipeline.engine.save_pretrained(self.run_dir / WEIGHTS)):
                     weights = WEIGHTS
+            if pipeline.learner.name not in stuck:
                 _attempt("close the learner", pipeline.engine.close)
             if pipeline.scorer is not None:
                 _attempt("close the reference", pipeline.scorer.close)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -73,7 +73,8 @@ class Store:
         clock = clock or SystemClock()
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
-        store = cls(table, Journal(ledger), FileSegments(data, needed=table.frames()), clock)
+        segments = FileSegments(data, needed=table.frames(), after=table.last_frame)
+        store = cls(table, Journal(ledger), segments, clock)
         with store._lock:
             # Before any lease could run out: that nobody renewed it is not the fault of its rows.
             store._perform(events)
@@ -174,16 +175,25 @@ class Store:
             self._perform(self.table.checkpointed(version, oldest=oldest))
 
     def sync(self) -> int:
-        """See that all data and decisions so far survive a power cut. Returns the ledger's last lsn.
+        """See that all data and decisions so far survive a power cut, and remove the data that nobody needs.
 
-        Raises LedgerError. Nobody waits for it meanwhile.
+        Returns the ledger's last lsn. Raises LedgerError, after which the disk is not to be trusted. Nobody waits for
+        it meanwhile.
         """
         with self._operation():
             lsn, files = self._journal.lsn, self._segments.unsynced()
-        for path in files:
-            with suppress(FileNotFoundError):  # its samples have ended since
+            unneeded = self._segments.unneeded()
+        try:
+            for path in files:
                 sync_file(path)
+        except OSError as error:
+            raise LedgerError(
+                f"the data of the samples cannot be synced ({error}): see that their disk works"
+            ) from error
         self._journal.sync()
+        # Not before: a ledger that has lost its end in a power cut still needs them.
+        for path in unneeded:
+            path.unlink(missing_ok=True)
         return lsn
 
     def awaited(self, topic: str) -> str:
@@ -222,6 +232,8 @@ class Store:
                 return
             self._closed = True
             self._journal.close()
+            for path in self._segments.unneeded():
+                path.unlink(missing_ok=True)
             self._segments.close()
             for condition in self._changed.values():
                 condition.notify_all()

@@ -280,16 +280,15 @@ class SegmentReader:
         segment, offset = frame >> OFFSET_BITS, frame & ((1 << OFFSET_BITS) - 1)
         try:
             data = self._map(segment)
-            header, message = _checked(data, segment, offset)
+            header = header_at(data, segment, offset)
+            message = message_of(data, header)
             if header.kind != BATCH:
                 raise ValueError("it is no record batch")
-            schema = self._schemas.get((segment, header.schema))
-            if schema is None:
-                schema = self._find_schemas(segment, data)[header.schema]
+            schema = self._schemas.get((segment, header.schema)) or self._find_schema(segment, data, header.schema)
             batch = read_batch(message, schema)
             if len(batch) != header.rows:
                 raise ValueError(f"it has {len(batch)} rows and not {header.rows}")
-        except (OSError, LookupError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             path = segment_path(self._folder, segment)
             raise DamagedData(f"{path} is damaged at byte {offset}: {error}", frame=frame) from None
         return batch
@@ -302,39 +301,42 @@ class SegmentReader:
                 data = self._maps[segment] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return data
 
-    def _find_schemas(self, segment: int, data: Bytes) -> dict[int, pa.Schema]:
-        found = {
-            header.schema: pa.ipc.read_schema(message)
-            for header, message in frames_of(data, segment)
-            if header.kind == SCHEMA
-        }
-        self._schemas.update({(segment, schema_id): schema for schema_id, schema in found.items()})
-        return found
+    def _find_schema(self, segment: int, data: Bytes, schema_id: int) -> pa.Schema:
+        for header in headers_of(data, segment):
+            if header.kind == SCHEMA and header.schema == schema_id:
+                schema = self._schemas[segment, schema_id] = pa.ipc.read_schema(message_of(data, header))
+                return schema
+        raise ValueError("its schema is missing")
 
 
-def _checked(data: Bytes, segment: int, offset: int) -> tuple[Header, pa.Buffer]:
-    """The frame at a place, its bytes compared with its checksums. Raises ValueError."""
+def header_at(data: Bytes, segment: int, offset: int) -> Header:
+    """The header at a place. Raises ValueError when there is none."""
     header = Header.unpack(bytes(data[offset : offset + HEADER_BYTES]))
     if header is None or (header.segment, header.offset) != (segment, offset):
         raise ValueError("there is no frame")
-    begin = offset + HEADER_BYTES
-    if begin + header.length > len(data):
+    if offset + HEADER_BYTES + header.length > len(data):
         raise ValueError("the end of the frame is missing")
-    message = pa.py_buffer(data).slice(begin, header.length)
+    return header
+
+
+def message_of(data: Bytes, header: Header) -> pa.Buffer:
+    """The message behind a header. Raises ValueError when its bytes are not those that were written."""
+    message = pa.py_buffer(data).slice(header.offset + HEADER_BYTES, header.length)
     if xxhash.xxh3_64_intdigest(memoryview(message)) != header.checksum:
         raise ValueError("its bytes are not what was written")
-    return header, message
+    return message
 
 
-def frames_of(data: Bytes, segment: int) -> Iterator[tuple[Header, pa.Buffer]]:
-    """All whole frames from the beginning of a segment, up to the first place where there is none."""
+def headers_of(data: Bytes, segment: int) -> Iterator[Header]:
+    """All headers from the beginning of a segment, up to the first place where there is none. What is behind one of
+    them may still be damaged."""
     offset = 0
     while offset + HEADER_BYTES <= len(data):
         try:
-            header, message = _checked(data, segment, offset)
+            header = header_at(data, segment, offset)
         except ValueError:
             return
-        yield header, message
+        yield header
         offset = header.end
 
 
@@ -417,7 +419,11 @@ class MemorySegments:
         return pa.concat_arrays(pieces) if pieces else pa.array([], COLUMNS[column])
 
     def unsynced(self) -> list[Path]:
-        """Files that were written to since the last call: who syncs them makes their frames survive a power cut."""
+        """What was written to since the last call: who syncs these makes their frames survive a power cut."""
+        return []
+
+    def unneeded(self) -> list[Path]:
+        """Files, since the last call, without any frame that is needed: to be removed when the ledger is on disk."""
         return []
 
     def close(self) -> None:
@@ -428,14 +434,20 @@ class FileSegments(MemorySegments):
     """Frames in files (durability `process`), read from maps of them."""
 
     def __init__(
-        self, folder: Path, *, needed: Mapping[int, int] | None = None, segment_bytes: int = SEGMENT_BYTES
+        self,
+        folder: Path,
+        *,
+        needed: Mapping[int, int] | None = None,
+        after: int = 0,
+        segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         """Begin a segment in `folder`, where earlier ones hold the frames that are `needed` (frame → rows).
 
-        Segments without any of these are removed. Raises LedgerError when one with some of them is missing, or the
-        folder cannot be written.
+        `after`: the last frame that there ever was. Raises LedgerError when a segment with some of the needed frames is
+        missing, or the folder cannot be written.
         """
         self._folder = folder
+        self._unneeded: set[int] = set()
         self._live: Counter[int] = Counter()
         """Segment → rows that need some frame of it."""
         for frame, rows in (needed or {}).items():
@@ -447,10 +459,9 @@ class FileSegments(MemorySegments):
                     f"{segment_path(folder, missing[0])} is missing, so the run cannot go on with its samples: "
                     "restore the file, or start a new run from the last checkpoint's weights"
                 )
-            for number in there:
-                if not self._live[number]:
-                    segment_path(folder, number).unlink()
-            self._writer = SegmentWriter(folder, max(there, default=0) + 1, segment_bytes=segment_bytes)
+            self._unneeded.update(number for number in there if not self._live[number])
+            last = max([*there, after >> OFFSET_BITS])
+            self._writer = SegmentWriter(folder, last + 1, segment_bytes=segment_bytes)
         except OSError as error:
             raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
         self._reader = SegmentReader(folder)
@@ -465,27 +476,31 @@ class FileSegments(MemorySegments):
             ) from error
         self._live[frame >> OFFSET_BITS] += rows
         if before != self._writer.number:
-            self._remove_if_unneeded(before)
+            self._note_if_unneeded(before)
         return frame
 
     def release(self, frame: int, rows: int = 1) -> None:
         number = frame >> OFFSET_BITS
         self._live[number] -= rows
-        self._remove_if_unneeded(number)
+        self._note_if_unneeded(number)
 
     def batch(self, frame: int) -> pa.RecordBatch:
         return self._reader.batch(frame)
 
     def unsynced(self) -> list[Path]:
         written, self._writer.written = self._writer.written, set()
-        return [segment_path(self._folder, number) for number in sorted(written)]
+        return [*(segment_path(self._folder, number) for number in sorted(written)), self._folder]
+
+    def unneeded(self) -> list[Path]:
+        unneeded, self._unneeded = self._unneeded, set()
+        return [segment_path(self._folder, number) for number in sorted(unneeded)]
 
     def close(self) -> None:
         self._writer.close()
         self._reader.close()
 
-    def _remove_if_unneeded(self, number: int) -> None:
-        if not self._live[number] and number != self._writer.number:
+    def _note_if_unneeded(self, number: int) -> None:
+        if self._live.get(number) == 0 and number != self._writer.number:
             del self._live[number]
             self._reader.forget(number)
-            segment_path(self._folder, number).unlink(missing_ok=True)
+            self._unneeded.add(number)

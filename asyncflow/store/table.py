@@ -121,6 +121,8 @@ class Table:
         self.learner = PolicyVersion(n=0)
         self.next_sample = self.next_group = 0
         self.next_lease = 1
+        self.last_frame = 0
+        """Highest id of a frame that any sample ever had."""
         self.ended: Counter[str] = Counter()
         """trained, quarantined, and dropped:<reason> → samples."""
         self.consumed: dict[int, Consumed] = {}
@@ -316,8 +318,11 @@ class Table:
 
         For the training stage: whole groups of the step under way, which is the first B places that are open. Within
         these the order does not matter for staleness, so a group that is complete need not wait for an earlier one.
+        After the last step there is none, even where a run that was made shorter has samples left.
         """
         if stage == self.schema.train.name:
+            if self.learner.n == self.terms.last_version:
+                return []
             events, rows = self._choose_groups(max_rows, max_tokens)
         else:
             events, rows = [], self._choose_rows(stage, max_rows, max_tokens)
@@ -636,6 +641,7 @@ class Table:
         rows.columns[index] = self.schema.prompt_mask
         rows.prompt_tokens[index] = rows.tokens[index] = np.repeat(event.prompt_tokens, self.group_size)
         rows.frame[0, index] = event.frame
+        self.last_frame = max(self.last_frame, event.frame)
         rows.offset[0, index] = ids // self.group_size - event.first_group
         self._counts[STATES.index(State.PROMPTED)] += len(ids)
         self.groups.put(groups, there=True)
@@ -679,6 +685,7 @@ class Table:
         rows.columns[index] |= event.columns
         line = self._line[stage.name] + 1
         rows.frame[line, index], rows.offset[line, index] = event.frame, np.arange(len(ids))
+        self.last_frame = max(self.last_frame, event.frame)
         if event.tokens:
             rows.tokens[index] += np.array(event.tokens, np.int32)
             rows.oldest[index] = [NONE if version is None else version for version in event.oldest]
@@ -889,7 +896,7 @@ class Table:
             "leases": {i: (r.stage, r.worker, r.left) for i, r in self.leases.items()},
             "served": dict(self.served),
             "learner": self.learner,
-            "next": (self.next_sample, self.next_group, self.next_lease),
+            "next": (self.next_sample, self.next_group, self.next_lease, self.last_frame),
             "ended": dict(self.ended),
             "states": self.states,
         }

@@ -9,11 +9,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.engines.base import GenerationRequest, RolloutEngine, Served, WeightSnapshot
-from asyncflow.errors import EngineError, WeightsError
+from asyncflow.errors import Closed, EngineError, WeightsError
 from asyncflow.store.table import WEIGHTS
 from asyncflow.types import Completion, Int32s, Sampling, Timeline, UpdateMode
 
@@ -74,7 +74,8 @@ class EngineHost:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-loop", daemon=True)
         self._gate = asyncio.Condition()
         self._swapping = False
-        self._suspended = False
+        self._turn: Literal["learner", "reference"] | None = None
+        """Who has the engine's cores or GPU now."""
         self._asleep = False
         self._ending = False
         self.swapped = (0.0, 0.0)
@@ -92,6 +93,11 @@ class EngineHost:
     def swapping(self) -> bool:
         """Whether requests wait at the gate for new weights."""
         return self._swapping
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it is the learner's turn, which its next publication ends."""
+        return self._turn == "learner"
 
     def submit(self, request: GenerationRequest, started: Callable[[], None] = lambda: None) -> Future[Completion]:
         """Ask for one completion; the future fails with what the engine raises. `started` is called, in the engine's
@@ -125,17 +131,17 @@ class EngineHost:
     def suspend(self) -> None:
         """Take the learner's turn: the engine finishes what runs, starts nothing and sleeps, until the next `load`.
 
-        Waits for the turn of somebody else to end. Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        Waits for the turn of somebody else to end. Raises EngineError after `TURN_TIMEOUT`, Closed when the run ends.
         """
-        self._call(self._suspend(when_idle=False), TURN_TIMEOUT, "finish what it was generating")
+        self._call(self._suspend("learner"), TURN_TIMEOUT, "finish what it was generating")
 
     @contextmanager
     def turn_when_idle(self) -> Iterator[None]:
         """A turn for those who can wait until the engine has nothing to do: it starts nothing until the end of it.
 
-        Raises EngineError after `TURN_TIMEOUT`, or when the run is ending.
+        Raises EngineError after `TURN_TIMEOUT`, Closed when the run is ending.
         """
-        self._call(self._suspend(when_idle=True), TURN_TIMEOUT, "become idle")
+        self._call(self._suspend("reference"), TURN_TIMEOUT, "become idle")
         try:
             yield
         finally:
@@ -168,7 +174,7 @@ class EngineHost:
         self._generating.add(task)
         try:
             async with self._gate:
-                await self._gate.wait_for(lambda: not (self._swapping or self._suspended))
+                await self._gate.wait_for(lambda: not (self._swapping or self._turn))
                 self._running += 1
             with self._lock:
                 began = self._began[request.request_id] = self._clock.monotonic()
@@ -206,7 +212,9 @@ class EngineHost:
             return await self._bring_in(snapshot, mode)
         finally:
             async with self._gate:
-                self._swapping = self._suspended = False
+                self._swapping = False
+                if self.suspended:
+                    self._turn = None
                 self.swapped = closed, self._timeline.now()
                 self._gate.notify_all()
 
@@ -227,23 +235,23 @@ class EngineHost:
             )
             self.canary = self._canary, await self.engine.generate(request)
 
-    async def _suspend(self, *, when_idle: bool) -> None:
+    async def _suspend(self, who: Literal["learner", "reference"]) -> None:
         def may_begin() -> bool:
-            return not (self._swapping or self._suspended or (when_idle and self._running))
+            return not (self._swapping or self._turn or (who == "reference" and self._running))
 
         async with self._gate:
             await self._gate.wait_for(lambda: self._ending or may_begin())
             if self._ending:
-                raise EngineError(f"{self.name} takes no more turns: the run is ending")
-            self._suspended = True
+                raise Closed(f"{self.name} takes no more turns: the run is ending")
+            self._turn = who
             await self._gate.wait_for(lambda: self._running == 0)
-        if not when_idle and self.engine.capabilities.sleep:
+        if who == "learner" and self.engine.capabilities.sleep:
             await self._controlled(self.engine.sleep())
             self._asleep = True
 
     async def _resume(self) -> None:
         async with self._gate:
-            self._suspended = False
+            self._turn = None
             self._gate.notify_all()
 
     async def _shutdown(self) -> None:

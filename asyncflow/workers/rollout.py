@@ -220,7 +220,9 @@ class RolloutWorker(StageWorker):
         held, row, done = asked.held, asked.row, asked.future
         ids = (row.sample_id,)
         if done.cancelled():
-            held.nack(ids, asked.given_up or "generation was cancelled")
+            # Otherwise the run is ending: as when it is killed, that is no failed attempt of the sample.
+            if asked.given_up:
+                held.nack(ids, asked.given_up)
             return
         error = done.exception()
         if isinstance(error, PromptTooLong):

@@ -54,21 +54,22 @@ class WeightFollower(Worker):
 
         Attestation may ask for it to be loaded again, though the engine says that it serves it.
         """
-        again = self._fresh.closed
+        # What the learner publishes at the end of its turn is loaded anyway, and the engine must sleep until then.
+        again = self._fresh.closed and not self._host.suspended
         snapshot = self._channel.latest() if again else self._channel.wait_newer(self._served, timeout)
         if snapshot is None:
             return
         self._timeline.enter(self.name, "busy")
         try:
-            self._load(snapshot, again=again)
+            self._load(snapshot)
         finally:
             self._timeline.leave(self.name)
 
-    def _load(self, snapshot: WeightSnapshot, *, again: bool) -> None:
-        began = time.monotonic()
+    def _load(self, snapshot: WeightSnapshot) -> None:
+        asked, began = self._fresh.closed, time.monotonic()
         served = self._host.load(snapshot, self._mode)
         self._served = served.version
-        if again:
+        if asked:
             self._fresh.reopen()
         if self._host.canary is not None:
             self._fresh.sang(served.version, *self._host.canary)
