@@ -26,7 +26,7 @@ CORES = (max(os.sched_getaffinity(0)),)
 Dtype = Literal["bf16", "fp32"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("fault", "alarm"), [("SkipsOneTensor", "logprob_mismatch"), ("KeepsTheFirst", "stale_weights")]
 )
@@ -54,7 +54,7 @@ def test_a_fault_in_the_weights_is_named_and_stops_the_run(
     assert "loaded the weights again, which did not help" in str(run.summary.reason)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 def test_a_healthy_engine_raises_no_alarm(run_tiny: RunTiny, dtype: Dtype) -> None:
     engine = VLLMRollout(resolve_model("tiny"), dtype=dtype, max_model_len=128, cores=CORES)
 

@@ -101,7 +101,12 @@ def test_ctrl_c_leaves_a_sound_run_directory_and_nothing_else(
     ],
 )
 @pytest.mark.parametrize(
-    "signals", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=["ctrl-c", "term", "twice"]
+    "signals",
+    [
+        pytest.param((signal.SIGINT,), id="ctrl-c"),
+        pytest.param((signal.SIGTERM,), id="term", marks=pytest.mark.long),
+        pytest.param((signal.SIGINT, signal.SIGINT), id="twice"),
+    ],
 )
 def test_a_run_can_be_stopped_while_it_starts_evaluates_and_trains(
     tmp_path: Path, start: Start, overrides: tuple[str, ...], so_far: str, signals: tuple[signal.Signals, ...]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from asyncflow.errors import IllegalTransition
-from asyncflow.store.lifecycle import END_STATES, OPEN_STATES, TRANSITIONS, Move, State, next_state
+from asyncflow.store.lifecycle import END_STATES, OPEN_STATES, STATES, TRANSITIONS, Move, State, next_states
 
 PAGE = (Path(__file__).parents[1] / "docs" / "lifecycle.md").read_text(encoding="utf-8")
 
@@ -16,11 +17,14 @@ PAGE = (Path(__file__).parents[1] / "docs" / "lifecycle.md").read_text(encoding=
 @pytest.mark.parametrize("move", Move)
 @pytest.mark.parametrize("state", State)
 def test_a_move_leads_where_the_table_says_or_is_refused(state: State, move: Move) -> None:
+    # beside others: of many samples, one that cannot move keeps all from it
+    states = np.array([STATES.index(state)] * 3, np.uint8)
     if (state, move) in TRANSITIONS:
-        assert next_state(state, move) is TRANSITIONS[state, move]
+        assert [STATES[place] for place in next_states(states, move)] == [TRANSITIONS[state, move]] * 3
     else:
+        legal = next(STATES.index(before) for before, other in TRANSITIONS if other is move)
         with pytest.raises(IllegalTransition, match=f"a sample that is {state} cannot {move}"):
-            next_state(state, move)
+            next_states(np.append(states[:1], np.uint8(legal)), move)
 
 
 def test_every_state_is_open_or_an_end() -> None:

@@ -61,23 +61,21 @@ TRANSITIONS: Mapping[tuple[State, Move], State] = {
 }
 """All legal moves; every other pair is refused."""
 
-
 STATES = (*OPEN_STATES, *END_STATES)
 """All of them; the table keeps a sample's state as its place in here."""
-ILLEGAL = 255
-NEXT: Mapping[Move, NDArray[np.uint8]] = {
+_ILLEGAL = 255
+_NEXT: Mapping[Move, NDArray[np.uint8]] = {
     move: np.array(
-        [STATES.index(TRANSITIONS[state, move]) if (state, move) in TRANSITIONS else ILLEGAL for state in STATES],
+        [STATES.index(TRANSITIONS[state, move]) if (state, move) in TRANSITIONS else _ILLEGAL for state in STATES],
         np.uint8,
     )
     for move in Move
 }
-"""The same table for many samples at once: place of a state → place of the next one, or ILLEGAL."""
 
 
-def next_state(state: State, move: Move) -> State:
-    """Where `move` leads from `state`. Raises IllegalTransition when it is not legal there."""
-    try:
-        return TRANSITIONS[state, move]
-    except KeyError:
-        raise IllegalTransition(f"a sample that is {state} cannot {move}") from None
+def next_states(states: NDArray[np.uint8], move: Move) -> NDArray[np.uint8]:
+    """Where `move` leads samples in these states (places in `STATES`). Raises IllegalTransition where it is illegal."""
+    after: NDArray[np.uint8] = _NEXT[move][states]
+    if (illegal := after == _ILLEGAL).any():
+        raise IllegalTransition(f"a sample that is {STATES[states[illegal][0]]} cannot {move}")
+    return after

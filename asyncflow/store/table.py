@@ -40,7 +40,7 @@ from asyncflow.store.events import (
     Returned,
     Served,
 )
-from asyncflow.store.lifecycle import ILLEGAL, NEXT, OPEN_STATES, STATES, Move, State
+from asyncflow.store.lifecycle import OPEN_STATES, STATES, Move, State, next_states
 from asyncflow.store.rows import NONE, Flags, Ids, Marks, Row, Rows
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.types import PolicyVersion
@@ -804,9 +804,7 @@ class Table:
         if not len(ids):
             return
         before = self.rows.state[ids - self.rows.base]
-        after = NEXT[move][before]
-        if (illegal := after == ILLEGAL).any():
-            raise IllegalTransition(f"sample {ids[illegal][0]} is {STATES[before[illegal][0]]} and cannot {move}")
+        after = next_states(before, move)
         self.rows.state[ids - self.rows.base] = after
         self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
 
