@@ -15,7 +15,7 @@ from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.errors import CheckpointError, ConfigError, RunFailed
 from asyncflow.placement import without_lost_cores
 from asyncflow.plan import Plan, plan
-from asyncflow.report.audit import audit
+from asyncflow.report.audit import Audit, audit
 from asyncflow.report.bottleneck import diagnose
 from asyncflow.report.page import write_report
 from asyncflow.rundir import CONFIG, METRICS, REPORT
@@ -130,9 +130,12 @@ def prepare_resume(
 ) -> tuple[Plan, GoingOn]:
     """The plan of a run that goes on, and where it does. Changes nothing; raises what `resume` refuses."""
     run_dir = Path(run_dir)
-    config = _resumed_config(run_dir, overrides)
+    values = _recorded_config(run_dir)
+    account = audit(run_dir)
+    # It may have been set while the run went on.
+    config = _resumed_config(run_dir, values | {"max_staleness": account.terms.max_staleness}, overrides)
     with held(run_dir):
-        at = _choose_checkpoint(run_dir, step)
+        at = _choose_checkpoint(run_dir, account, step)
         if at.step >= config.steps:
             raise ConfigError(
                 f"{run_dir} has made all of its {config.steps} steps: to go on, raise them (--set steps=N)"
@@ -148,15 +151,19 @@ def prepare_resume(
     return ready, at
 
 
-def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> Config:
+def _recorded_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no run in {run_dir}: name a run directory") from None
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read ({error}): restore it") from error
-    values["max_staleness"] = audit(run_dir).terms.max_staleness  # it may have been set while the run went on
+    return values
+
+
+def _resumed_config(run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """What the run was, with changes that are allowed. Raises ConfigError."""
     before = parse_config(values)
     after = parse_config(values, overrides).model_copy(update={"run_dir": run_dir})
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
@@ -184,10 +191,13 @@ def _different(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
             yield f"{prefix}{key}"
 
 
-def _choose_checkpoint(run_dir: Path, step: int | None) -> GoingOn:
+def _choose_checkpoint(run_dir: Path, account: Audit, step: int | None) -> GoingOn:
     """The last checkpoint that the ledger knows, or the one of `step`."""
-    made = audit(run_dir).learner.n
-    there = {checkpoint.version.n: checkpoint for checkpoint in checkpoints(run_dir) if checkpoint.version.n <= made}
+    there = {
+        checkpoint.version.n: checkpoint
+        for checkpoint in checkpoints(run_dir)
+        if checkpoint.version.n <= account.learner.n and checkpoint.lsn <= account.events
+    }
     if step is None:
         step = max(there, default=0)
     if step and step not in there:

@@ -14,7 +14,7 @@ from typing import Any
 
 from asyncflow.config import Config, RewardConfig
 from asyncflow.data import Problems, Tokenizer, check_lengths, load_problems, tokenise
-from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
+from asyncflow.engines.base import LearnerEngine, ResumableLearner, RolloutEngine, ScorerEngine
 from asyncflow.engines.models import ModelInfo, describe_model, load_tokenizer, resolve_model
 from asyncflow.engines.registry import SCORER_OF_WEIGHTS, learner_class, rollout_class, scorer_class
 from asyncflow.errors import ConfigError
@@ -208,12 +208,13 @@ def _reference_model(config: Config, model: Path) -> Path:
 
 def _with_checkpoints(config: Config, learner: type[LearnerEngine]) -> Config:
     every = config.checkpoint.every
-    if every and not learner.resumable:
+    resumable = issubclass(learner, ResumableLearner)
+    if every and not resumable:
         raise ConfigError(
             f"{learner.__name__} cannot save its state, so there are no checkpoints: set checkpoint.every to 0"
         )
     if every is None:
-        every = DEFAULT_CHECKPOINT_EVERY if learner.resumable else 0
+        every = DEFAULT_CHECKPOINT_EVERY if resumable else 0
     return _with(config, "checkpoint", every=every)
 
 

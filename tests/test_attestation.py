@@ -231,7 +231,7 @@ class TwoVersions:
         return [self.values[weights.version.n] for _ in samples]
 
 
-def heard(sung: tuple[float, float], *, changes: bool = True) -> tuple[list[str], FreshSamples]:
+def compared(canaries: tuple[float, float], *, changes: bool = True) -> tuple[list[str], FreshSamples]:
     """Alarms after two versions whose canaries had these log-probs."""
     learner, fresh, lines = TwoVersions(changes=changes), FreshSamples(8), []
     recorder = SimpleNamespace(log=lambda kind, values: lines.append(values["alarm"]))
@@ -242,10 +242,10 @@ def heard(sung: tuple[float, float], *, changes: bool = True) -> tuple[list[str]
         recorder=recorder,
         alarms=Alarms(recorder),
     )
-    for snapshot, logprob in zip(learner.snapshots, sung, strict=True):
+    for snapshot, logprob in zip(learner.snapshots, canaries, strict=True):
         attestation.published(snapshot)
         canary = replace(completion(*[snapshot.version.n] * 4), logprobs=np.full(4, logprob, np.float32))
-        fresh.sang(snapshot.version, np.ones(3, np.int32), canary)
+        fresh.completed_canary(snapshot.version, np.ones(3, np.int32), canary)
     attestation.before_update()
     attestation.before_update()
     return lines, fresh
@@ -279,21 +279,21 @@ def test_versions_without_any_attestation_are_told_when_they_have_also_taken_the
 
 
 def test_a_canary_that_is_the_same_to_the_last_bit_shows_that_the_weights_were_kept() -> None:
-    lines, fresh = heard((-2.0, -2.0))
+    lines, fresh = compared((-2.0, -2.0))
 
     assert lines == ["stale_weights"]  # and not again for the same load
     assert fresh.closed  # until they are loaded again
 
 
 def test_a_canary_that_has_changed_in_its_last_bit_is_no_fault() -> None:
-    lines, fresh = heard((-2.0, float(np.nextafter(np.float32(-2.0), np.float32(0.0)))))
+    lines, fresh = compared((-2.0, float(np.nextafter(np.float32(-2.0), np.float32(0.0)))))
 
     assert lines == []
     assert not fresh.closed
 
 
 def test_a_canary_that_the_learner_does_not_change_either_says_nothing() -> None:
-    assert heard((-2.0, -2.0), changes=False)[0] == []
+    assert compared((-2.0, -2.0), changes=False)[0] == []
 
 
 # -- planted faults ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from asyncflow.config import DataConfig
-from asyncflow.data import Cursor, PromptStream, check_lengths, load_problems, tokenise
+from asyncflow.data import PromptStream, check_lengths, load_problems, tokenise
 from asyncflow.errors import DataError
 from asyncflow.types import Prompt
 
@@ -356,24 +356,16 @@ def test_the_order_follows_from_the_seed() -> None:
 
 
 @pytest.mark.parametrize("drawn", [0, 3, 6, 7, 20])
-def test_a_stream_restored_from_its_cursor_goes_on_where_it_stopped(drawn: int) -> None:
-    stream = PromptStream(PROMPTS, seed=1)
+def test_a_stream_that_skips_what_another_has_drawn_goes_on_where_that_stopped(drawn: int) -> None:
+    stream, restored = PromptStream(PROMPTS, seed=1), PromptStream(PROMPTS, seed=1)
     draw(stream, drawn)
-    restored = PromptStream(PROMPTS, seed=1)
 
-    restored.seek(stream.cursor)
+    restored.skip(drawn)
 
-    assert restored.cursor == stream.cursor == Cursor(epoch=drawn // 7, position=drawn % 7, items=7)
     assert draw(restored, 20) == draw(stream, 20)
 
 
-def test_a_cursor_of_other_data_is_refused() -> None:
-    stream = PromptStream(PROMPTS, seed=1)
-
-    with pytest.raises(DataError, match="7 training prompts now and had 8"):
-        stream.seek(Cursor(items=8))
-    with pytest.raises(DataError, match="no place 7"):
-        stream.seek(Cursor(position=7, items=7))
+def test_a_stream_needs_prompts() -> None:
     with pytest.raises(DataError, match="no training prompts"):
         PromptStream([], seed=1)
 

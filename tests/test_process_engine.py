@@ -141,7 +141,7 @@ def test_a_completion_that_is_cancelled_leaves_the_engine() -> None:
 def test_when_the_child_dies_everybody_is_told() -> None:
     async def scenario(made: ProcessEngine) -> None:
         waiting = asyncio.create_task(made.generate(request()))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)  # it is sent
         child(made).kill()
         with pytest.raises(EngineError, match="has ended"):
             await waiting

@@ -93,7 +93,7 @@ class Bench:
     def nbytes(self) -> int:
         segments = self.store._segments
         assert isinstance(segments, MemorySegments)
-        return segments.nbytes
+        return sum(batch.nbytes for batch in segments.frames.values())
 
     def rebuilt(self) -> Table:
         """The table as the ledger tells it."""

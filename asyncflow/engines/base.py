@@ -139,8 +139,6 @@ class LearnerEngine(ABC):
 
     weights: ClassVar[str] = "huggingface"
     """Kind of weights that it exports; a rollout engine of the same kind can serve them."""
-    resumable: ClassVar[bool] = False
-    """Whether it has `save_state` and `load_state`, so that a run can be resumed from a checkpoint."""
 
     @classmethod
     def from_config(cls, config: Config, model: Path) -> Self:  # noqa: ARG003
@@ -195,20 +193,24 @@ class LearnerEngine(ABC):
     def save_pretrained(self, folder: Path) -> None:
         """Write the weights, configuration and tokenizer in Hugging Face format."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. May be called twice."""
+
+
+class ResumableLearner(LearnerEngine):
+    """A learner engine whose runs can be resumed from a checkpoint."""
+
+    @abstractmethod
     def save_state(self, folder: Path) -> None:
         """Write everything that the next update depends on (weights, optimizer, schedule, RNG) into a new folder.
 
         Called between two steps. What was accumulated but not applied is left out. Raises OSError.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares resumable, and so must define save_state")
-
-    def load_state(self, folder: Path) -> None:
-        """Go on as if the engine that wrote this folder had never ended. Raises CheckpointError if it does not fit."""
-        raise NotImplementedError(f"{type(self).__name__} declares resumable, and so must define load_state")
 
     @abstractmethod
-    def close(self) -> None:
-        """Release everything. May be called twice."""
+    def load_state(self, folder: Path) -> None:
+        """Go on as if the engine that wrote this folder had never ended. Raises CheckpointError if it does not fit."""
 
 
 class ScorerEngine(ABC):

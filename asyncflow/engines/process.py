@@ -4,7 +4,7 @@ Python lets one thread of a process run at a time. An engine whose front end han
 40 µs each) would stop the learner, which is in the same process, for as long; here only whole completions pass.
 
     this process                                      child
-    ProcessEngine ── requests, weights' paths ──────► serve ── the engine that `rollout.engine` names
+    ProcessEngine ── requests, weights' paths ──────► Child ── the engine that `rollout.engine` names
                   ◄── completions, answers, errors ──
 
 Both ends of a socket pair send messages of msgpack with their length in front. Who is killed leaves the other one with
@@ -255,76 +255,92 @@ def _leave(process: subprocess.Popen[bytes]) -> None:
 # -- the child ---------------------------------------------------------------------------------------------------------
 
 
-async def serve(connection: socket.socket) -> None:
-    """Do what the other end asks, until there is nobody any more."""
-    reader, writer = await asyncio.open_connection(sock=connection)
-    engine: RolloutEngine | None = None
-    tasks: dict[int, asyncio.Task[None]] = {}
+class Child:
+    """The engine, for the process at the other end of a connection."""
 
-    async def carry_out(message: Message) -> Message:
-        nonlocal engine
-        if isinstance(message, Start):
-            config = Config.model_validate_json(message.config)
-            if config.rollout.cores is not None:
-                os.sched_setaffinity(0, config.rollout.cores)
-            engine = rollout_class(config.rollout.engine).from_config(config, Path(message.model))
-            await engine.start()
-            return Done(call=message.call)
-        assert engine is not None, "the first message is Start"
-        match message:
-            case Generate():
-                made = await engine.generate(
-                    GenerationRequest(
-                        request_id=message.request_id,
-                        prompt_ids=np.frombuffer(message.prompt_ids, np.int32),
-                        sampling=message.sampling,
-                    )
-                )
-                return Completed(
-                    call=message.call,
-                    token_ids=np.asarray(made.token_ids, np.int32).tobytes(),
-                    logprobs=np.asarray(made.logprobs, np.float32).tobytes(),
-                    token_versions=np.asarray(made.token_versions, np.int64).tobytes(),
-                    text=made.text,
-                    finish_reason=made.finish_reason,
-                )
-            case Load():
-                path = Path(message.path)
-                snapshot = PublishedWeights(
-                    version=PolicyVersion.unpack(message.version),
-                    digest=message.digest,
-                    path=path,
-                    nbytes=path.stat().st_size,
-                )
-                served = await engine.load_weights(snapshot, message.mode)
-                return Loaded(call=message.call, version=served.version.packed, digest=served.digest)
-            case Control():
-                await getattr(engine, message.what)()
-        return Done(call=message.call)
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._engine: RolloutEngine | None = None
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
-    async def answer(message: Message) -> None:
+    async def serve(self, reader: asyncio.StreamReader) -> None:
+        """Do what is asked until there is nobody any more, then stop the engine."""
+        while (body := await _receive(reader)) is not None:
+            message = _TO_CHILD.decode(body)
+            if not isinstance(message, Cancel):
+                self._tasks[message.call] = asyncio.create_task(self._answer(message))
+            elif (task := self._tasks.get(message.call)) is not None:
+                task.cancel()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.stop()
+
+    async def _answer(self, message: Start | Control | Generate | Load) -> None:
         try:
-            _send(writer, await carry_out(message))
+            match message:
+                case Start():
+                    answer = await self._start(message)
+                case Generate():
+                    answer = await self._generate(message)
+                case Load():
+                    answer = await self._load(message)
+                case Control():
+                    await getattr(self._started, message.what)()
+                    answer = Done(call=message.call)
+            _send(self._writer, answer)
         except Exception as error:
             text = str(error).encode(errors="replace").decode()
-            _send(writer, Failed(call=message.call, error=type(error).__name__, text=text))
+            _send(self._writer, Failed(call=message.call, error=type(error).__name__, text=text))
         finally:
-            del tasks[message.call]
+            del self._tasks[message.call]
 
-    while (body := await _receive(reader)) is not None:
-        message = _TO_CHILD.decode(body)
-        if isinstance(message, Cancel):
-            if (task := tasks.get(message.call)) is not None:
-                task.cancel()
-        else:
-            tasks[message.call] = asyncio.create_task(answer(message))
-    for task in list(tasks.values()):
-        task.cancel()
-    await asyncio.gather(*tasks.values(), return_exceptions=True)
-    if engine is not None:
-        await engine.stop()
+    @property
+    def _started(self) -> RolloutEngine:
+        assert self._engine is not None, "the first message is Start"
+        return self._engine
+
+    async def _start(self, message: Start) -> Message:
+        config = Config.model_validate_json(message.config)
+        if config.rollout.cores is not None:
+            os.sched_setaffinity(0, config.rollout.cores)
+        self._engine = rollout_class(config.rollout.engine).from_config(config, Path(message.model))
+        await self._engine.start()
+        return Done(call=message.call)
+
+    async def _generate(self, message: Generate) -> Message:
+        made = await self._started.generate(
+            GenerationRequest(
+                request_id=message.request_id,
+                prompt_ids=np.frombuffer(message.prompt_ids, np.int32),
+                sampling=message.sampling,
+            )
+        )
+        return Completed(
+            call=message.call,
+            token_ids=np.asarray(made.token_ids, np.int32).tobytes(),
+            logprobs=np.asarray(made.logprobs, np.float32).tobytes(),
+            token_versions=np.asarray(made.token_versions, np.int64).tobytes(),
+            text=made.text,
+            finish_reason=made.finish_reason,
+        )
+
+    async def _load(self, message: Load) -> Message:
+        path = Path(message.path)
+        version = PolicyVersion.unpack(message.version)
+        snapshot = PublishedWeights(version=version, digest=message.digest, path=path, nbytes=path.stat().st_size)
+        served = await self._started.load_weights(snapshot, message.mode)
+        return Loaded(call=message.call, version=served.version.packed, digest=served.digest)
+
+
+async def main(connection: socket.socket) -> None:
+    """The child's whole life."""
+    reader, writer = await asyncio.open_connection(sock=connection)
+    await Child(writer).serve(reader)
     writer.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    asyncio.run(main(socket.socket(fileno=int(sys.argv[1]))))

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from asyncflow.algorithms.attention import matmul_attention
 from asyncflow.algorithms.losses import merge, policy_loss
 from asyncflow.algorithms.packing import Packed, pack
 from asyncflow.config import Config
-from asyncflow.engines.base import LearnerEngine, OptimStats, WeightSnapshot
+from asyncflow.engines.base import OptimStats, ResumableLearner, WeightSnapshot
 from asyncflow.engines.models import load_tokenizer
 from asyncflow.errors import CheckpointError, ConfigError, EngineError, ModelError, WeightsError
 from asyncflow.types import Floats, KLEstimator, TokenSample, TrainSample
@@ -243,14 +243,12 @@ class TorchForward:
         return (slice(start, start + self._chunk_tokens) for start in range(0, tokens, self._chunk_tokens))
 
 
-class TorchLearner(TorchForward, LearnerEngine):
+class TorchLearner(TorchForward, ResumableLearner):
     """AdamW on fp32 masters, gradients of a step as sums, logits in chunks.
 
     Weight decay applies to matrices (the embedding included), not to vectors (norms, biases). With `warmup_updates`
     W the i-th optimizer update (from 0) uses learning_rate · min(1, (i + 1)/W).
     """
-
-    resumable: ClassVar[bool] = True
 
     def __init__(
         self,

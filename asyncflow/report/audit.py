@@ -84,6 +84,8 @@ class Audit:
     resumed. Each counts once for each time."""
     highest_bound: int
     """Highest `max_staleness` that ever held."""
+    events: int
+    """How many the ledger has: the number of the last one."""
     violations: tuple[str, ...]
     """One sentence for each broken promise."""
 
@@ -161,6 +163,7 @@ class _Books:
         """Lease → bound when it was given."""
         self.consumed: dict[int, tuple[Committed, dict[int, int]]] = {}
         """Step that can be taken back → its event, and the staleness of what it trained."""
+        self.events = 1
         self.resumed: list[PolicyVersion] = []
         self.taken_back = 0
         self.highest_bound = terms.max_staleness
@@ -195,6 +198,7 @@ class _Books:
             ids = getattr(record.event, name, ())
             if not isinstance(ids, tuple) or any(type(i) is not int for i in ids):
                 raise TypeError(f"{name} is not a list of sample ids")
+        self.events = record.lsn
         entry = self._entries.get(type(record.event))
         if entry is not None:
             entry(record.lsn, record.event)
@@ -216,6 +220,7 @@ class _Books:
             resumed=tuple(self.resumed),
             taken_back=self.taken_back,
             highest_bound=self.highest_bound,
+            events=self.events,
             violations=(),
         )
         if not result.balanced:

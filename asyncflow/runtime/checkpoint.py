@@ -6,7 +6,8 @@
 
 A checkpoint is written aside, synced, and renamed; then the ledger is told, which may let go of what steps before it
 had consumed. What is *not* in it is in the ledger and in the samples' data: they are ahead of the checkpoint, and going
-back to it takes back what later steps consumed (`asyncflow.store.events.Resumed`).
+back to it takes back what later steps consumed (`asyncflow.store.events.Resumed`). The place in the training prompts is
+the ledger's count of admitted groups: what was admitted stays admitted.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from asyncflow.data import Cursor
 from asyncflow.errors import CheckpointError
 from asyncflow.rundir import CHECKPOINTS
 from asyncflow.store.broker import Store
@@ -51,8 +51,6 @@ class Checkpoint:
     """Of the weights as engines serve them."""
     lsn: int
     """Last event of the ledger that is known to be on disk with it."""
-    cursor: Cursor
-    """Place of the next training prompt then; what was admitted later stays admitted."""
     problems: str
     """Digest of the training prompts, in their order."""
     files: Mapping[str, tuple[int, str]]
@@ -90,7 +88,6 @@ def read(path: Path) -> Checkpoint:
             version=PolicyVersion.parse(state["version"]),
             digest=str(state["digest"]),
             lsn=int(state["lsn"]),
-            cursor=Cursor(**state["cursor"]),
             problems=str(state["problems"]),
             files={name: (int(size), str(digest)) for name, (size, digest) in state["files"].items()},
         )
@@ -118,11 +115,10 @@ class Checkpointer:
         settle: Callable[[], None],
         made: int,
         digest: Callable[[], str],
-        cursor: Callable[[], Cursor],
         problems: str,
     ) -> None:
         """`every`: steps, 0 makes none. `save` writes the learner's state into a new folder; `digest` is that of the
-        weights it has, `cursor` the place of the next prompt that was not admitted yet. `settle` waits until what else
+        weights it has. `settle` waits until what else
         is kept of the steps so far is on disk, because a run that goes on from here does not make them again. `made`:
         the step of which there is a checkpoint already, from which the run goes on."""
         self._folder = run_dir / CHECKPOINTS
@@ -133,7 +129,6 @@ class Checkpointer:
         self._save = save
         self._settle = settle
         self._digest = digest
-        self._cursor = cursor
         self._problems = problems
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -163,7 +158,6 @@ class Checkpointer:
             "format": FORMAT,
             "version": str(version),
             "digest": self._digest(),
-            "cursor": asdict(self._cursor()),
             "problems": self._problems,
         }
         self._pending = self._background.submit(self._complete, version, aside, state, seconds)

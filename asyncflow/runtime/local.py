@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from asyncflow.engines.base import LearnerEngine
+from asyncflow.engines.base import LearnerEngine, ResumableLearner
 from asyncflow.errors import AsyncFlowError, CheckpointError, ConfigError, ControlError, IllegalTransition, RunFailed
 from asyncflow.pipeline import Pipeline, open_store, reopen_store
 from asyncflow.placement import pinned
@@ -213,7 +213,8 @@ class _Run:
             on_done=self._supervisor.finish,
         )
         self._timeline.order(worker.name for worker in pipeline.workers)
-        self._checkpointer = self._make_checkpointer(pipeline, self._store)
+        if isinstance(pipeline.engine, ResumableLearner):
+            self._checkpointer = self._make_checkpointer(pipeline, pipeline.engine, self._store)
         pipeline.host.start()
         pipeline.learner.publish()
         self._check_published(pipeline)
@@ -242,6 +243,7 @@ class _Run:
         """Load the checkpoint, then go back to it: what cannot be loaded leaves the run as it was."""
         learner = self._plan.make_learner()
         if at.checkpoint is not None:
+            assert isinstance(learner, ResumableLearner), "a plan refuses checkpoints for others"
             learner.load_state(at.checkpoint.learner)
         try:
             store = reopen_store(self._plan, self.run_dir, at.step)
@@ -256,7 +258,7 @@ class _Run:
         self._metrics.log("resumed", values)
         return learner, store
 
-    def _make_checkpointer(self, pipeline: Pipeline, store: Store) -> Checkpointer:
+    def _make_checkpointer(self, pipeline: Pipeline, engine: ResumableLearner, store: Store) -> Checkpointer:
         def digest() -> str:
             latest = pipeline.channel.latest()
             return "" if latest is None else latest.digest
@@ -268,11 +270,10 @@ class _Run:
             keep=config.keep,
             store=store,
             recorder=self._metrics,
-            save=pipeline.engine.save_state,
+            save=engine.save_state,
             settle=self._settle,
             made=0 if self._going_on is None else self._going_on.step,
             digest=digest,
-            cursor=lambda: pipeline.prompts.cursor,
             problems=self._plan.problems.digest,
         )
 

@@ -22,7 +22,7 @@ from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.rows import Ids
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
-from asyncflow.store.segments import FileSegments, MemorySegments, sync_file
+from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
@@ -37,7 +37,7 @@ written. Everybody waits meanwhile, and it must not raise: the step is committed
 class Store:
     """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
 
-    def __init__(self, table: Table, journal: Journal, segments: MemorySegments, clock: Clock) -> None:
+    def __init__(self, table: Table, journal: Journal, segments: Segments, clock: Clock) -> None:
         """Use `create` or `reopen`."""
         self.on_committed: OnCommitted | None = None
         self.table = table

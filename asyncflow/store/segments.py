@@ -23,6 +23,7 @@ import mmap
 import os
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -202,8 +203,8 @@ class SegmentWriter:
         with memoryview(self._map) as view, view[begin : begin + length] as message:
             checksum = xxhash.xxh3_64_intdigest(message)
         header = Header(kind, length, self.number, self._end, schema, rows, checksum)
-        # What was here before is no header: this may have been written over.
-        self._map[header.end : header.end + 4] = bytes(4) if header.end + 4 <= len(self._map) else b""
+        # What was here before must not look like a header; there is always room for one more.
+        self._map[header.end : header.end + 4] = bytes(4)
         self._map[self._end : begin] = header.pack()
         self._end = header.end
         return header.frame
@@ -377,34 +378,20 @@ def _field(data: memoryview, table: int, number: int) -> int | None:
     return table + place if place else None
 
 
-class MemorySegments:
-    """Frames in the memory of this process (durability `memory`: they do not outlive it)."""
+class Segments(ABC):
+    """Where the frames are, and which of them are needed."""
 
-    def __init__(self) -> None:
-        self._frames: dict[int, pa.RecordBatch] = {}
-        self._rows: Counter[int] = Counter()
-        self._next = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all frames that are needed."""
-        return sum(batch.nbytes for batch in self._frames.values())
-
+    @abstractmethod
     def write(self, batch: pa.RecordBatch, *, rows: int) -> int:
         """Keep a frame until `rows` rows have released it. Returns its id. Raises LedgerError when the disk is full."""
-        frame, self._next = self._next, self._next + 1
-        self._frames[frame], self._rows[frame] = batch, rows
-        return frame
 
+    @abstractmethod
     def release(self, frame: int, rows: int = 1) -> None:
         """Say that so many rows do not need the frame any more."""
-        self._rows[frame] -= rows
-        if not self._rows[frame]:
-            del self._frames[frame], self._rows[frame]
 
+    @abstractmethod
     def batch(self, frame: int) -> pa.RecordBatch:
         """Raises DamagedData."""
-        return self._frames[frame]
 
     def gather(self, column: str, frames: NDArray[np.int64], offsets: NDArray[np.int32]) -> pa.Array:
         """One array with the value at each place (frame, row of the frame). Raises DamagedData."""
@@ -426,11 +413,33 @@ class MemorySegments:
         """Files, since the last call, without any frame that is needed: to be removed when the ledger is on disk."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """May be called twice."""
 
 
-class FileSegments(MemorySegments):
+class MemorySegments(Segments):
+    """Frames in the memory of this process (durability `memory`: they do not outlive it)."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, pa.RecordBatch] = {}
+        self._rows: Counter[int] = Counter()
+        self._next = 0
+
+    def write(self, batch: pa.RecordBatch, *, rows: int) -> int:
+        frame, self._next = self._next, self._next + 1
+        self.frames[frame], self._rows[frame] = batch, rows
+        return frame
+
+    def release(self, frame: int, rows: int = 1) -> None:
+        self._rows[frame] -= rows
+        if not self._rows[frame]:
+            del self.frames[frame], self._rows[frame]
+
+    def batch(self, frame: int) -> pa.RecordBatch:
+        return self.frames[frame]
+
+
+class FileSegments(Segments):
     """Frames in files (durability `process`), read from maps of them."""
 
     def __init__(

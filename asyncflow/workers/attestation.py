@@ -83,7 +83,7 @@ class FreshSamples:
             for old in sorted(self._samples)[:-VERSIONS]:
                 del self._samples[old]
 
-    def sang(self, version: PolicyVersion, prompt_ids: Int32s, completion: Completion) -> None:
+    def completed_canary(self, version: PolicyVersion, prompt_ids: Int32s, completion: Completion) -> None:
         """The engine has just loaded a version, and completed the canary prompt first of all."""
         canary = Canary(version=version, sample=_as_sample(-1, -1, prompt_ids, completion))
         with self._lock:
@@ -166,7 +166,7 @@ class Attestation:
         """The last version that was compared."""
         self._faults: dict[str, tuple[Fault, PolicyVersion]] = {}
         """What was wrong by each of the two tests, and at which version, until it is right again."""
-        self._heard: Canary | None = None
+        self._compared_canary: Canary | None = None
         """The last canary that was compared."""
         self._compared = 0
         """Versions whose samples were compared."""
@@ -191,7 +191,7 @@ class Attestation:
     def while_idle(self) -> None:
         """The learner has nothing to do: attest its version, if there are samples enough and it was not done yet."""
         if self._snapshots:
-            self._hear()
+            self._compare_canaries()
             version = self._snapshots[-1].version
             if self._is_new(version) and len(samples := self._fresh.of(version)) >= self._enough:
                 self._attest(self._snapshots[-1], samples, thorough=True)
@@ -201,7 +201,7 @@ class Attestation:
 
         Raises WeightsError when the engine does not serve what it says and a re-sync has not helped (or is not wanted).
         """
-        self._hear()
+        self._compare_canaries()
         open_ = [
             (snapshot, samples)
             for snapshot in list(self._snapshots)[-VERSIONS:]
@@ -211,8 +211,8 @@ class Attestation:
         for snapshot, samples in reversed(open_):
             last_chance = not self._looks_back or snapshot is not self._snapshots[-1]
             if len(samples) >= self._enough or last_chance:
-                heard = self._heard is not None and self._heard.version == snapshot.version
-                self._attest(snapshot, samples, thorough=self._compared < THOROUGH_VERSIONS or not heard)
+                told = self._compared_canary is not None and self._compared_canary.version == snapshot.version
+                self._attest(snapshot, samples, thorough=self._compared < THOROUGH_VERSIONS or not told)
                 return
 
     def _is_new(self, version: PolicyVersion) -> bool:
@@ -251,16 +251,16 @@ class Attestation:
         details = {"mean": verdict.mean, "threshold": verdict.threshold}
         self._judge("samples", verdict.fault, verdict.text, snapshot.version, details)
 
-    def _hear(self) -> None:
+    def _compare_canaries(self) -> None:
         """Compare the last two canaries, once, while the learner still has the weights of both."""
         pair = self._fresh.canaries()
-        if pair is None or pair[1] is self._heard:
+        if pair is None or pair[1] is self._compared_canary:
             return
         before, now = pair
         weights = {snapshot.version: snapshot for snapshot in self._snapshots}
         if before.version not in weights or now.version not in weights or not self._looks_back:
             return
-        self._heard = now
+        self._compared_canary = now
         same = np.array_equal(before.sample.response_ids, now.sample.response_ids) and np.array_equal(
             before.sample.behaviour_logprobs, now.sample.behaviour_logprobs
         )

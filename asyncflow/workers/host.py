@@ -221,10 +221,10 @@ class EngineHost:
     async def _bring_in(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         with self._timeline.span(WEIGHTS, "load", version=str(snapshot.version)):
             served = await self.engine.load_weights(snapshot, mode)
-            await self._sing()
+            await self._complete_canary()
         return served
 
-    async def _sing(self) -> None:
+    async def _complete_canary(self) -> None:
         """Complete the canary prompt."""
         if self._canary is not None:
             self._loads += 1

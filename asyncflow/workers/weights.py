@@ -72,7 +72,7 @@ class WeightFollower(Worker):
         if asked:
             self._fresh.reopen()
         if self._host.canary is not None:
-            self._fresh.sang(served.version, *self._host.canary)
+            self._fresh.completed_canary(served.version, *self._host.canary)
         self._store.serve(self._host.name, served.version)
         self._recorder.log(
             "served",
