@@ -39,9 +39,9 @@ from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.plan import Plan
 from asyncflow.rundir import DATA, LEDGER
-from asyncflow.store.broker import Store
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.alarms import Alarms
@@ -68,7 +68,7 @@ class Pipeline:
     def __init__(
         self,
         plan: Plan,
-        store: Store,
+        store: EmbeddedStore,
         *,
         rollout: RolloutEngine,
         learner: LearnerEngine,
@@ -89,7 +89,8 @@ class Pipeline:
 
         # Prompts are admitted as groups, as far ahead as max_staleness allows.
         self.prompts = PromptStream(plan.problems.train, seed=config.seed, shuffle=config.data.shuffle)
-        self.prompts.skip(store.table.next_group)
+        at = store.counts()
+        self.prompts.skip(at.admitted // config.num_generations)
         self.feeder = Feeder(self.prompts, tokens, self.store, timeline)
 
         # The rollout engine completes them.
@@ -149,7 +150,7 @@ class Pipeline:
             on_done=on_done,
             take_turn=self.host.suspend if takes_turns else None,
         )
-        self.learner.version = store.table.learner
+        self.learner.version = at.learner
 
         # The weights go back into the rollout engine; some versions are evaluated on problems that nobody trains.
         self.evaluator = Evaluator(
@@ -161,7 +162,7 @@ class Pipeline:
             recorder=recorder,
             timeline=timeline,
             every=config.eval_every,
-            since=store.table.learner.n,
+            since=at.learner.n,
         )
         self.weights = WeightFollower(
             self.host,
@@ -233,7 +234,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
     )
 
 
-def open_store(plan: Plan, run_dir: Path) -> Store:
+def open_store(plan: Plan, run_dir: Path) -> EmbeddedStore:
     """The store of a new run, under the terms to which it holds everybody. Raises LedgerError."""
     config = plan.config
     terms = Opened(
@@ -246,15 +247,15 @@ def open_store(plan: Plan, run_dir: Path) -> Store:
         resumable=bool(config.checkpoint.every),
     )
     data = run_dir / DATA if terms.resumable else None
-    return Store.create(Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data)
+    return EmbeddedStore.create(Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data)
 
 
-def reopen_store(plan: Plan, run_dir: Path, step: int) -> Store:
+def reopen_store(plan: Plan, run_dir: Path, step: int) -> EmbeddedStore:
     """The store of a run that goes on from a step that it had made, under the terms of today's plan.
 
     Raises LedgerError, IllegalTransition.
     """
     config = plan.config
-    store = Store.reopen(Schema(stages(config)), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
+    store = EmbeddedStore.reopen(Schema(stages(config)), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
     store.amend(max_staleness=config.max_staleness, last_version=config.steps)
     return store

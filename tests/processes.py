@@ -11,10 +11,10 @@ DEADLINE = 180.0
 """Seconds after which a run that does not do what it should has failed the test."""
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Look at the condition until it holds; the process under test must be alive meanwhile."""
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Look at the condition until it holds; the process under test, if there is one, must be alive meanwhile."""
     deadline, pause = time.monotonic() + DEADLINE, threading.Event()
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process and process.communicate()
         assert time.monotonic() < deadline, "the run did not get so far in time"
-        pause.wait(0.05)
+        pause.wait(0.005)

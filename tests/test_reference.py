@@ -26,11 +26,11 @@ from asyncflow.plan import describe, plan
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.runtime.timeline import NoTimeline
-from asyncflow.store.broker import Store
 from asyncflow.store.events import Quarantined
 from asyncflow.store.journal import read_ledger
 from asyncflow.store.lifecycle import State
 from asyncflow.store.schema import Schema
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import Floats, PolicyVersion, TokenSample, TrainSample
 from asyncflow.workers.base import Heartbeat
 from asyncflow.workers.reference import ReferenceWorker
@@ -193,7 +193,7 @@ class Stage:
     def __init__(self, folder: Path, engine: ScorerEngine, **options: Any) -> None:
         schema = Schema(stages(config()))
         self.ledger = folder / "ledger.sqlite"
-        self.store = Store.create(schema, terms(num_generations=4, train_batch_size=8), ledger=self.ledger)
+        self.store = EmbeddedStore.create(schema, terms(num_generations=4, train_batch_size=8), ledger=self.ledger)
         self.store.serve("engine", PolicyVersion(n=0))
         self.store.admit(prompts(2), timeout=0)
         lease = self.store.lease("rollout", worker="w", max_rows=8, ttl=60, timeout=0)

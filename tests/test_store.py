@@ -17,16 +17,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from asyncflow.clock import Clock, ManualClock, SystemClock
+from asyncflow.clock import Clock, ManualClock
 from asyncflow.errors import Closed, IllegalTransition, LeaseLost, LedgerError, StoreError
-from asyncflow.store.broker import Store
 from asyncflow.store.client import Lease
 from asyncflow.store.events import Acked, Admitted, Committed, Opened, Quarantined
+from asyncflow.store.frames import HEADER_BYTES, headers_of
 from asyncflow.store.journal import read_ledger
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.segments import HEADER_BYTES, FileSegments, MemorySegments, headers_of
+from asyncflow.store.segments import MemoryFrames
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
+from tests.processes import wait_until
 
 RESPONSE = ("response_ids", "rollout_logprobs", "token_versions", "response", "finish_reason")
 SCHEMA = Schema(
@@ -58,7 +60,7 @@ class Bench:
     def __init__(self, folder: Path, *, clock: Clock | None = None, serves: bool = True, **changes: Any) -> None:
         self.ledger = folder / "ledger.sqlite"
         self.terms = terms(**changes)
-        self.store = Store.create(SCHEMA, self.terms, ledger=self.ledger, clock=clock)
+        self.store = EmbeddedStore.create(SCHEMA, self.terms, ledger=self.ledger, clock=clock)
         if serves:
             self.store.serve("engine", PolicyVersion(n=0))
 
@@ -91,9 +93,10 @@ class Bench:
         )
 
     def nbytes(self) -> int:
-        segments = self.store._segments
-        assert isinstance(segments, MemorySegments)
-        return sum(batch.nbytes for batch in segments.frames.values())
+        self.store.awaited("admission")  # what nobody needs goes at the end of a call
+        data = self.store._data
+        assert isinstance(data, MemoryFrames)
+        return sum(batch.nbytes for batch in data.frames.values())
 
     def rebuilt(self) -> Table:
         """The table as the ledger tells it."""
@@ -331,22 +334,6 @@ def test_a_commit_that_is_no_step_is_refused_and_the_samples_stay(bench: Bench) 
 # -- waiting -----------------------------------------------------------------------------------------------------------
 
 
-class ParkedClock(SystemClock):
-    """Says when a thread has looked at the time under the store's lock: whoever gets the lock after that finds the
-    thread asleep (or done)."""
-
-    def __init__(self) -> None:
-        self.looked: dict[int, int] = {}
-        self.twice = threading.Event()
-
-    def monotonic(self) -> float:
-        thread = threading.get_ident()
-        self.looked[thread] = self.looked.get(thread, 0) + 1
-        if threading.current_thread() is not threading.main_thread() and self.looked[thread] >= 2:
-            self.twice.set()  # once for the deadline of the wait, then under the lock
-        return super().monotonic()
-
-
 class Waiter:
     """A call in a thread of its own."""
 
@@ -374,14 +361,12 @@ class Waiter:
 @pytest.fixture
 def parked(tmp_path: Path) -> Iterator[tuple[Bench, Callable[[Callable[[], Any]], Waiter]]]:
     """A bench, and a way to start a call that is known to be asleep when it returns."""
-    clock = ParkedClock()
-    bench = Bench(tmp_path, clock=clock, max_attempts=1)
+    bench = Bench(tmp_path, max_attempts=1)
 
     def park(call: Callable[[], Any]) -> Waiter:
-        clock.twice.clear()
+        before = bench.store.broker.waiting()
         waiter = Waiter(call)
-        assert clock.twice.wait(SOON)
-        bench.store.counts()  # takes the lock: the waiter has given it up
+        wait_until(lambda: bench.store.broker.waiting() > before)
         return waiter
 
     yield bench, park
@@ -415,14 +400,13 @@ def test_an_admission_that_waits_is_woken_by_a_commit_that_is_served(parked: Par
 
 
 def test_the_training_stage_is_woken_when_a_lost_row_completes_its_group(tmp_path: Path) -> None:
-    clock = ParkedClock()
-    bench = Bench(tmp_path, clock=clock, num_generations=4, min_group=2)
+    bench = Bench(tmp_path, num_generations=4, min_group=2)
     bench.admit()
     lease = bench.take("rollout")
     bench.store.ack(lease.lease_id, [0, 1, 2], responses([0, 1, 2]))
     bench.score()
     waiter = Waiter(lambda: bench.lease("train", timeout=600.0))
-    assert clock.twice.wait(SOON)
+    wait_until(lambda: bench.store.broker.waiting() > 0)
 
     bench.store.nack(lease.lease_id, [3], reason="too long", final=True)
 
@@ -644,12 +628,12 @@ def test_a_store_can_be_closed_while_its_ledger_is_read(tmp_path: Path) -> None:
 
 def test_a_ledger_is_never_overwritten(bench: Bench) -> None:
     with pytest.raises(LedgerError, match="exists already"):
-        Store.create(SCHEMA, bench.terms, ledger=bench.ledger)
+        EmbeddedStore.create(SCHEMA, bench.terms, ledger=bench.ledger)
 
 
 def test_a_ledger_that_cannot_be_made_says_where(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match=r"nowhere.*: name a directory that can be written"):
-        Store.create(SCHEMA, terms(), ledger=tmp_path / "nowhere" / "ledger.sqlite")
+        EmbeddedStore.create(SCHEMA, terms(), ledger=tmp_path / "nowhere" / "ledger.sqlite")
 
 
 @contextmanager
@@ -856,15 +840,15 @@ class Lives:
         self.ledger, self.data = folder / "ledger.sqlite", folder / "data"
         self.bench = Bench.__new__(Bench)
         self.bench.ledger, self.bench.terms = self.ledger, terms(resumable=True)
-        self.bench.store = Store.create(SCHEMA, self.bench.terms, ledger=self.ledger, data=self.data)
+        self.bench.store = EmbeddedStore.create(SCHEMA, self.bench.terms, ledger=self.ledger, data=self.data)
         self.bench.store.serve("engine", PolicyVersion(n=0))
 
     def die(self) -> None:
         """Without closing anything: what is not in the files is gone."""
-        self.bench.store._closed = True
+        self.bench.store.broker._closed = True
 
     def begin_again(self, step: int | None = None, clock: Clock | None = None) -> Bench:
-        self.bench.store = Store.reopen(SCHEMA, ledger=self.ledger, data=self.data, step=step, clock=clock)
+        self.bench.store = EmbeddedStore.reopen(SCHEMA, ledger=self.ledger, data=self.data, step=step, clock=clock)
         return self.bench
 
 
@@ -971,21 +955,6 @@ def test_a_step_that_was_taken_back_was_no_failed_attempt(lives: Lives) -> None:
             lives.bench.store.commit(leases=[lease.lease_id], trained=ids(lease), skipped=[], version=version)
         lives.die()
         lives.begin_again(step=0)
-
-
-def test_a_segment_goes_with_the_last_row_that_needs_it(tmp_path: Path) -> None:
-    segments = FileSegments(tmp_path, segment_bytes=1)
-    first, second, third = (segments.write(prompts(1), rows=2) for _ in range(3))
-    assert len(list(tmp_path.iterdir())) == 3
-
-    segments.release(first)
-    segments.release(second, 2)
-    assert [path.name for path in segments.unneeded()] == ["000002.segment"]
-    segments.release(first)
-    segments.release(third, 2)
-
-    assert [path.name for path in segments.unneeded()] == ["000001.segment"]  # the last one is being written
-    segments.close()
 
 
 def test_data_that_nobody_needs_stay_until_the_ledger_says_so_on_disk(lives: Lives) -> None:

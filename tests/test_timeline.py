@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -32,6 +31,7 @@ from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker
 from asyncflow.workers.host import EngineHost
 from asyncflow.workers.rollout import RolloutWorker
 from tests.conftest import TINY, RunTiny
+from tests.processes import wait_until
 from tests.test_store import SCHEMA, Bench, ids, responses, rewards
 
 
@@ -521,13 +521,6 @@ class NoWeights:
 
     def tensors(self) -> Iterator[Any]:
         return iter(())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline, pause = time.monotonic() + 20.0, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come so far in time"
-        pause.wait(0.002)
 
 
 def test_generation_is_blocked_while_its_sequences_wait_for_new_weights_and_the_empty_places_are_counted(

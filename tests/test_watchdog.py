@@ -23,9 +23,9 @@ from asyncflow.rewards import Reward, RewardInput
 from asyncflow.rewards.calls import MAX_LEFT_BEHIND, Calls
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.runtime.timeline import NoTimeline
-from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts, Waited
 from asyncflow.store.schema import Schema
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import PolicyVersion, Prompt, Sampling
 from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.attestation import FreshSamples
@@ -89,6 +89,8 @@ def counts(**changes: Any) -> Counts:
         "quarantined": 0,
         "states": {"generating": 1},
         "leased": {},
+        "ready": {},
+        "bytes": 0,
         "capacity": 0,
         "max_staleness": 1,
         "learner": PolicyVersion(n=4),
@@ -141,7 +143,7 @@ class Hanging:
         self.recorded = Recorded()
         self.hung = threading.Event()
         schema = Schema(stages(resolve(TINY)))
-        self.store = Store.create(
+        self.store = EmbeddedStore.create(
             schema,
             terms(train_batch_size=GROUP, num_generations=GROUP),
             ledger=folder / "ledger.sqlite",
@@ -359,7 +361,9 @@ def test_a_poison_row_is_found_by_scoring_alone_and_its_neighbours_survive(
     tmp_path: Path, poison: Callable[..., Poison]
 ) -> None:
     schema, recorded, function = Schema(stages(resolve(TINY))), Recorded(), poison("Ünï 2")
-    store = Store.create(schema, terms(train_batch_size=4, num_generations=4), ledger=tmp_path / "ledger.sqlite")
+    store = EmbeddedStore.create(
+        schema, terms(train_batch_size=4, num_generations=4), ledger=tmp_path / "ledger.sqlite"
+    )
     store.serve("rollout-0", PolicyVersion(n=0))
     store.admit(prompts(1), timeout=0.0)
     lease = store.lease("rollout", worker="rollout", max_rows=4, ttl=NEVER, timeout=0.0)

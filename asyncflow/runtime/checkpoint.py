@@ -26,8 +26,8 @@ import xxhash
 
 from asyncflow.errors import CheckpointError
 from asyncflow.rundir import CHECKPOINTS
-from asyncflow.store.broker import Store
 from asyncflow.store.segments import sync_file
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import PolicyVersion, Recorder
 from asyncflow.workers.alarms import Alarms
 
@@ -109,7 +109,7 @@ class Checkpointer:
         *,
         every: int,
         keep: int,
-        store: Store,
+        store: EmbeddedStore,
         recorder: Recorder,
         save: Callable[[Path], None],
         settle: Callable[[], None],

@@ -37,8 +37,8 @@ from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
 from asyncflow.runtime.samples import SampleLog
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
 from asyncflow.runtime.timeline import Doing, TraceTimeline
-from asyncflow.store.broker import Store
 from asyncflow.store.client import Counts
+from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import PolicyVersion
 from asyncflow.workers.base import Worker
 
@@ -186,7 +186,7 @@ class _Run:
         self._samples: SampleLog | None = None
         self._timeline = TraceTimeline(run_dir / TRACE)
         self._supervisor = Supervisor()
-        self._store: Store | None = None
+        self._store: EmbeddedStore | None = None
         self._pipeline: Pipeline | None = None
         self._checkpointer: Checkpointer | None = None
         self._control: ControlServer | None = None
@@ -235,11 +235,11 @@ class _Run:
         pipeline.weights.follow(0)
         self._accuracy["after"] = pipeline.evaluator.evaluate(pipeline.learner.version.n)
 
-    def _begin(self) -> tuple[None, Store]:
+    def _begin(self) -> tuple[None, EmbeddedStore]:
         # The ledger first: whatever happens from here on, the run can be audited.
         return None, open_store(self._plan, self.run_dir)
 
-    def _go_on(self, at: GoingOn) -> tuple[LearnerEngine, Store]:
+    def _go_on(self, at: GoingOn) -> tuple[LearnerEngine, EmbeddedStore]:
         """Load the checkpoint, then go back to it: what cannot be loaded leaves the run as it was."""
         learner = self._plan.make_learner()
         if at.checkpoint is not None:
@@ -258,7 +258,7 @@ class _Run:
         self._metrics.log("resumed", values)
         return learner, store
 
-    def _make_checkpointer(self, pipeline: Pipeline, engine: ResumableLearner, store: Store) -> Checkpointer:
+    def _make_checkpointer(self, pipeline: Pipeline, engine: ResumableLearner, store: EmbeddedStore) -> Checkpointer:
         def digest() -> str:
             latest = pipeline.channel.latest()
             return "" if latest is None else latest.digest

@@ -1,156 +1,185 @@
-"""The shell around the table: one lock, condition waits, journal, data. Decisions are the table's.
+"""The shell around the table: one lock, the ledger, the account of segments, and those who wait. Knows no data.
 
-Every operation is: decide (pure) → journal → apply → wake those for whom something may have become possible.
+Every operation is: decide (pure) → journal → apply → give those who wait what has become possible.
+
+Who waits is parked: a record of what he wants, in the order in which he came. Whoever makes something possible hands it
+to the first ones that can use it, under the same lock; nobody is woken to find nothing. So a thousand who wait cost no
+more than one.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, DamagedData, IllegalTransition, LedgerError, StoreError
-from asyncflow.store.client import Counts, Lease, Waited
-from asyncflow.store.events import Committed, Event, Leased, Opened
-from asyncflow.store.journal import Journal, read_ledger
-from asyncflow.store.rows import Ids
-from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
-from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
-from asyncflow.store.table import ADMISSION, Table
+from asyncflow.errors import Closed, LedgerError, StoreError
+from asyncflow.store.account import Account
+from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
+from asyncflow.store.journal import Journal
+from asyncflow.store.rows import NONE
+from asyncflow.store.segments import Shelf
+from asyncflow.store.table import ADMISSION, BYTES, Table
 from asyncflow.types import PolicyVersion
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OnCommitted = Callable[[Committed, Callable[[], pa.RecordBatch]], None]
-"""Is told of every step when the ledger has it and before the data may go. What it is given makes one batch of them:
-the trained samples and then the skipped ones, as `sample_id`, `group_id` and every column of the schema that is
-written. Everybody waits meanwhile, and it must not raise: the step is committed already."""
+OnCommitted = Callable[[Committed, Callable[[Sequence[str]], tuple[Place, ...]]], None]
+"""Is told of every step when the ledger has it and before the data may go. What it is given says where columns of the
+trained and then the skipped samples are. Everybody waits meanwhile, and it must not raise: the step is committed."""
+
+TIDY_EVERY = 1.0
+"""Seconds between two removals of segments, and after a chore that has failed (a full disk)."""
 
 
-class Store:
-    """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
+@dataclass(eq=False)
+class _Parked(Generic[T]):
+    """Somebody who waits for something that is not possible yet."""
 
-    def __init__(self, table: Table, journal: Journal, segments: Segments, clock: Clock) -> None:
-        """Use `create` or `reopen`."""
-        self.on_committed: OnCommitted | None = None
+    attempt: Callable[[float], T | None]
+    alive: Callable[[], bool]
+    """Whether he still wants it."""
+    done: threading.Event = field(default_factory=threading.Event)
+    result: T | None = None
+    error: BaseException | None = None
+
+
+def _always() -> bool:
+    return True
+
+
+class Broker:
+    """Implements `Control` for the process that it is in; thread-safe."""
+
+    def __init__(
+        self,
+        table: Table,
+        journal: Journal,
+        account: Account,
+        shelf: Shelf,
+        *,
+        volatile: bool = False,
+        clock: Clock | None = None,
+    ) -> None:
+        """`shelf`: where the segments are. `volatile`: they do not outlive this process."""
         self.table = table
+        self.on_committed: OnCommitted | None = None
         self._journal = journal
-        self._segments = segments
-        self._clock = clock
-        self._schema = table.schema
+        self._account = account
+        self._shelf = shelf
+        self._volatile = volatile
+        self._clock = clock or SystemClock()
         self._lock = threading.RLock()
-        self._changed = {topic: threading.Condition(self._lock) for topic in (ADMISSION, *table.schema.stages)}
+        self._parked: dict[str, list[_Parked[Any]]] = {topic: [] for topic in (ADMISSION, *table.schema.stages)}
+        self._possible: dict[str, None] = {}
+        """Topics for which something may have become possible, since those who wait were looked at."""
+        self._alarm = threading.Condition(self._lock)
+        """Wakes the housekeeper."""
+        self._housekeeper: threading.Thread | None = None
+        self._asleep_until = -math.inf
+        """When the housekeeper wakes by itself; in the past while he is at work."""
+        self._tidied = -math.inf
         self._closed = False
 
-    @classmethod
-    def create(
-        cls, schema: Schema, opened: Opened, *, ledger: Path, data: Path | None = None, clock: Clock | None = None
-    ) -> Self:
-        """The store of a new run under these terms. `data`: folder of the samples' data; None keeps them in memory.
+    # -- Control -------------------------------------------------------------------------------------------------------
 
-        Raises LedgerError when the ledger exists, or one of the two cannot be made.
-        """
-        clock = clock or SystemClock()
-        journal = Journal.create(ledger, opened, clock.wall())
-        return cls(Table(schema, opened), journal, MemorySegments() if data is None else FileSegments(data), clock)
+    def allocate(self) -> int:
+        with self._operation():
+            return self._account.allocate()
 
-    @classmethod
-    def reopen(
-        cls, schema: Schema, *, ledger: Path, data: Path, step: int | None = None, clock: Clock | None = None
-    ) -> Self:
-        """The store of an earlier process, which has ended, as its ledger tells it, gone back to the version of `step`.
+    def room(self, groups: int, *, timeout: float) -> bool:
+        return bool(self._wait(ADMISSION, lambda _: self._has_room(groups, size=0) or None, timeout))
 
-        None stays at the last step. What `Resumed` says has happened. Raises LedgerError when the ledger or the data
-        are missing or damaged, IllegalTransition when the ledger cannot go back to `step`.
-        """
-        clock = clock or SystemClock()
-        table = rebuild(schema, ledger)
-        events = table.resume(table.learner.n if step is None else step)
-        segments = FileSegments(data, needed=table.frames(), after=table.last_frame)
-        store = cls(table, Journal(ledger), segments, clock)
-        with store._lock:
-            # Before any lease could run out: that nobody renewed it is not the fault of its rows.
-            store._perform(events)
-        return store
-
-    # -- StoreClient ---------------------------------------------------------------------------------------------------
-
-    def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
-        prompts = _conform(prompts, PROMPT_COLUMNS)
-        tokens = _lengths(prompts.column("prompt_ids"))
-        if not tokens:
-            return ()
-
-        def attempt(_: float) -> tuple[int, ...] | None:
-            if self.table.admit(tokens, frame=0) is None:
-                return None
+    def admit(
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        frame: int,
+        size: int,
+        samples: Samples | None = None,
+        put: PutId | None = None,
+        timeout: float,
+        alive: Callable[[], bool] = _always,
+    ) -> int | None:
+        def attempt(_: float) -> int | None:
+            for named in (frame, *(() if samples is None else (samples.frame,))):
+                self._check_frame(named)
             first = self.table.next_group
-            with self._frame(prompts, rows=len(tokens) * self.table.group_size) as frame:
-                self._perform(self.table.admit(tokens, frame=frame) or [])
-            return tuple(range(first, first + len(tokens)))
+            events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put)
+            if events == []:
+                return self.table.admitted_by(put) if put is not None else first
+            if events is None or not self._has_room(len(prompt_tokens), size=size):
+                return None
+            self._perform(events, size=size)
+            return first
 
-        return self._wait(ADMISSION, attempt, timeout)
+        return self._wait(ADMISSION, attempt, timeout, alive)
 
     def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
-    ) -> Lease | None:
-        if stage not in self._schema.stages:
-            raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(self._schema.stages)}")
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        ttl: float,
+        timeout: float,
+        alive: Callable[[], bool] = _always,
+    ) -> Grant | None:
+        self._check_topic(stage)
 
-        def attempt(now: float) -> Lease | None:
-            while True:
-                events = self.table.lease(
-                    stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
-                )
-                self._perform(events)
-                leased = events[-1] if events else None
-                if not isinstance(leased, Leased):
-                    return None
-                if (lease := self._deliver(leased)) is not None:
-                    return lease
+        def attempt(now: float) -> Grant | None:
+            events = self.table.lease(
+                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
+            )
+            self._perform(events)
+            leased = events[-1] if events else None
+            return self._grant(leased) if isinstance(leased, Leased) else None
 
-        return self._wait(stage, attempt, timeout)
+        return self._wait(stage, attempt, timeout, alive)
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         with self._operation() as now:
             self._perform(self.table.renew(lease_id, deadline=now + ttl))
 
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
-        columns = _conform(columns, tuple(dict.fromkeys(columns.schema.names)))
-        if len(columns) != len(sample_ids):
-            raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
-        if not sample_ids:
-            return
-        _same_lengths(columns)
-        tokens: Sequence[int] = ()
-        oldest: Sequence[int | None] = ()
-        newest: Sequence[int | None] = ()
-        if "token_versions" in columns.schema.names:
-            tokens = _lengths(columns.column("response_ids"))
-            oldest, newest = _version_span(columns.column("token_versions"))
-        with self._operation(), self._frame(columns, rows=len(sample_ids)) as frame:
-            self._perform(
-                self.table.ack(
-                    lease_id,
-                    sample_ids,
-                    columns=self._schema.mask(columns.schema.names),
-                    frame=frame,
-                    tokens=tokens,
-                    oldest=oldest,
-                    newest=newest,
-                )
+    def ack(
+        self,
+        lease_id: int,
+        sample_ids: Sequence[int],
+        *,
+        columns: int,
+        frame: int,
+        size: int,
+        tokens: Sequence[int] = (),
+        oldest: Sequence[int | None] = (),
+        newest: Sequence[int | None] = (),
+    ) -> None:
+        with self._operation():
+            self._check_frame(frame)
+            events = self.table.ack(
+                lease_id, sample_ids, columns=columns, frame=frame, tokens=tokens, oldest=oldest, newest=newest
             )
+            self._perform(events, size=size)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
         with self._operation():
             self._perform(self.table.nack(lease_id, sample_ids, reason=reason, final=final))
+
+    def gone(self, worker: str) -> None:
+        with self._operation():
+            self._perform(self.table.gone(worker))
 
     def commit(
         self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
@@ -174,32 +203,25 @@ class Store:
         with self._operation():
             self._perform(self.table.checkpointed(version, oldest=oldest))
 
-    def sync(self) -> int:
-        """See that all data and decisions so far survive a power cut, and remove the data that nobody needs.
-
-        Returns the ledger's last lsn. Raises LedgerError, after which the disk is not to be trusted. Nobody waits for
-        it meanwhile.
-        """
+    def held(self, lease_id: int) -> NDArray[np.int64]:
         with self._operation():
-            lsn, files = self._journal.lsn, self._segments.unsynced()
-            unneeded = self._segments.unneeded()
-        try:
-            for path in files:
-                sync_file(path)
-        except OSError as error:
-            raise LedgerError(
-                f"the data of the samples cannot be synced ({error}): see that their disk works"
-            ) from error
-        self._journal.sync()
-        # Not before: a ledger that has lost its end in a power cut still needs them.
-        for path in unneeded:
-            path.unlink(missing_ok=True)
-        return lsn
+            return self.table.held(lease_id) if lease_id in self.table.leases else np.zeros(0, np.int64)
+
+    def places(self, sample_ids: Sequence[int], columns: Sequence[str]) -> tuple[Place, ...]:
+        with self._operation():
+            return self.table.places(np.array(sample_ids, np.int64), columns)
+
+    def columns_of(self, sample_ids: Sequence[int]) -> tuple[str, ...]:
+        """Columns that all of some open samples have. Raises StoreError for samples that have ended."""
+        with self._operation():
+            return self.table.columns_of(np.array(sample_ids, np.int64))
 
     def awaited(self, topic: str) -> str:
-        if topic not in self._changed:
-            raise StoreError(f"there is no stage {topic!r}; the stages are {', '.join(self._schema.stages)}")
+        self._check_topic(topic)
         with self._operation():
+            most = self.table.terms.max_bytes
+            if topic == ADMISSION and most is not None and self._account.bytes >= most:
+                return BYTES
             return self.table.awaited(topic)
 
     def counts(self) -> Counts:
@@ -212,11 +234,13 @@ class Store:
                 quarantined=table.ended["quarantined"],
                 states={state.value: count for state, count in table.states.items()},
                 leased=table.leased(),
+                ready=table.ready(),
                 capacity=table.capacity(),
                 max_staleness=table.terms.max_staleness,
                 learner=table.learner,
                 served=dict(table.served),
                 oldest=table.oldest(),
+                bytes=self._account.bytes,
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -226,170 +250,218 @@ class Store:
                 for row, worker in self.table.waited_for()
             )
 
+    def waiting(self) -> int:
+        """How many calls wait for something."""
+        with self._lock:
+            return sum(map(len, self._parked.values()))
+
+    def perform(self, events: Sequence[Event]) -> None:
+        """Decisions that somebody else has taken, from this table as it is."""
+        with self._lock:
+            self._perform(events)
+
+    def sync(self) -> int:
+        """See that all data and decisions so far survive a power cut.
+
+        Returns the ledger's last lsn. Raises LedgerError, after which the disk is not to be trusted. Nobody waits for
+        it meanwhile.
+        """
+        with self._operation():
+            lsn, segments = self._journal.lsn, self._account.unsynced()
+        try:
+            self._shelf.sync(segments)
+        except OSError as error:
+            raise LedgerError(
+                f"the data of the samples cannot be synced ({error}): see that their disk works"
+            ) from error
+        self.reclaim()
+        return lsn
+
+    def reclaim(self) -> None:
+        """Remove the segments that nobody needs, once the ledger that says so is on disk: one that has lost its end in
+        a power cut would need them again. Raises LedgerError."""
+        with self._lock:
+            unneeded = self._account.unneeded()
+        self._journal.sync()
+        self._remove(unneeded)
+
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._journal.close()
-            for path in self._segments.unneeded():
-                path.unlink(missing_ok=True)
-            self._segments.close()
-            for condition in self._changed.values():
-                condition.notify_all()
+            self._remove(self._account.unneeded())
+            for waiters in self._parked.values():
+                for waiter in waiters:
+                    waiter.error = Closed("the store is closed")
+                    waiter.done.set()
+                waiters.clear()
+            self._alarm.notify_all()
 
     # -- the shell -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _operation(self) -> Iterator[float]:
-        """Hold the lock for one operation; the value is the time at which it begins."""
+        """Hold the lock for one operation, and serve those who wait behind it; the value is the time at its begin."""
         with self._lock:
             if self._closed:
                 raise Closed("the store is closed")
             now = self._clock.monotonic()
-            deadline = self.table.next_deadline()
-            if deadline is not None and deadline <= now:
-                self._perform(self.table.expire(now))
-            yield now
+            self._expire(now)
+            try:
+                yield now
+            finally:
+                self._serve(now)
+                if self._volatile:
+                    self._remove(self._account.unneeded())
+                elif self._account.has_garbage:
+                    self._see_to_it()
 
-    @contextmanager
-    def _frame(self, columns: pa.RecordBatch, *, rows: int) -> Iterator[int]:
-        """Keep data for what is done inside; when that fails, nobody needs them."""
-        frame = self._segments.write(columns, rows=rows)
-        try:
-            yield frame
-        except BaseException:
-            self._segments.release(frame, rows)
-            raise
+    def _expire(self, now: float) -> None:
+        deadline = self.table.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._perform(self.table.expire(now))
 
-    def _wait(self, topic: str, attempt: Callable[[float], T | None], timeout: float) -> T | None:
-        """Call `attempt` now and whenever the topic has changed, until it returns something or time is up."""
-        deadline = self._clock.monotonic() + timeout
-        while True:
-            with self._operation() as now:
-                result = attempt(now)
-                if result is not None or now >= deadline:
-                    return result
-                wake = self.table.next_deadline()
-                self._changed[topic].wait(min(deadline, wake if wake is not None else deadline) - now)
+    def _wait(
+        self,
+        topic: str,
+        attempt: Callable[[float], T | None],
+        timeout: float,
+        alive: Callable[[], bool] = _always,
+    ) -> T | None:
+        """What `attempt` gives, as soon as it gives something; None when time is up. Those who came before go first."""
+        with self._operation() as now:
+            if not self._parked[topic] and (result := attempt(now)) is not None:
+                return result
+            parked = _Parked(attempt, alive)
+            self._parked[topic].append(parked)
+            if len(self._parked[topic]) > 1 or timeout <= 0:
+                self._possible[topic] = None
+                self._serve(now)
+            if timeout > 0 and not parked.done.is_set():
+                self._see_to_it()
+        if timeout > 0:
+            parked.done.wait(timeout)
+        with self._lock:
+            if not parked.done.is_set():
+                self._parked[topic].remove(parked)
+                # He may have kept those behind him from something that they could use and he could not.
+                self._possible[topic] = None
+                if not self._closed:
+                    self._serve(self._clock.monotonic())
+        if parked.error is not None:
+            raise parked.error
+        return parked.result
 
-    def _perform(self, events: Sequence[Event]) -> None:
-        """Journal decisions, then apply them, then wake the waiters. All of one operation or nothing."""
+    def _serve(self, now: float) -> None:
+        """Give those who wait what has become possible, which may make more possible."""
+        while self._possible:
+            topic = next(iter(self._possible))
+            del self._possible[topic]
+            for parked in list(self._parked[topic]):
+                if not parked.alive():
+                    self._parked[topic].remove(parked)
+                    parked.done.set()
+                    continue
+                try:
+                    parked.result = parked.attempt(now)
+                except Exception as error:  # it is his, and not that of whose operation this is
+                    parked.error = error
+                if parked.result is None and parked.error is None:
+                    break
+                self._parked[topic].remove(parked)
+                parked.done.set()
+
+    def _perform(self, events: Sequence[Event], *, size: int = 0) -> None:
+        """Journal decisions, then apply them. All of one operation or nothing. `size`: bytes that they bring."""
+        if not events:
+            return
         self._journal.append(events, self._clock.wall())
-        topics: set[str] = set()
-        alarm = self.table.next_deadline()
         for event in events:
             if isinstance(event, Committed) and self.on_committed is not None:
-                self.on_committed(event, partial(self._samples, event.trained + event.skipped))
+                ids = np.array(event.trained + event.skipped, np.int64)
+                self.on_committed(event, lambda columns, ids=ids: self.table.places(ids, columns))  # type: ignore[misc]
             released = self.table.released_by(event)
-            topics |= self.table.apply(event)
+            needed = self.table.needed_by(event)
+            self._possible |= dict.fromkeys(sorted(self.table.apply(event)))
+            for frame, rows in needed.items():
+                self._account.hold(frame, rows, size // len(needed))
             for frame, rows in released.items():
-                self._segments.release(frame, rows)
-        # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
-        # of a dead worker come back even when nothing else happens.
-        earliest = self.table.next_deadline()
-        if earliest is not None and (alarm is None or earliest < alarm):
-            topics.update(self._changed)
-        for topic in topics:
-            self._changed[topic].notify_all()
+                self._account.release(frame, rows)
+            if released and self.table.terms.max_bytes is not None:
+                self._possible[ADMISSION] = None
+        if self._asleep_until > self._next_chore():
+            self._alarm.notify_all()
 
-    def _deliver(self, leased: Leased) -> Lease | None:
-        """The rows of a lease with the columns that its stage needs. Those whose data are damaged are quarantined; None
-        when no row is left."""
-        stage = self._schema.stages[leased.stage]
-        while leased.lease_id in self.table.leases:
-            ids = self.table.held(leased.lease_id)
-            try:
-                data = self._gather(ids, stage.needs)
-            except DamagedData as damage:
-                lost = self.table.rows_of_frame(ids, damage.frame)
-                self._perform(self.table.nack(leased.lease_id, lost, reason=str(damage), final=True))
-                continue
-            return self._lease(leased, ids, data)
-        return None
-
-    def _lease(self, leased: Leased, ids: Ids, data: Sequence[pa.Array]) -> Lease:
-        groups = ids // self.table.group_size
-        return Lease(
+    def _grant(self, leased: Leased) -> Grant:
+        ids = np.array(leased.rows, np.int64)
+        stage = self.table.schema.stages[leased.stage]
+        return Grant(
             lease_id=leased.lease_id,
             stage=leased.stage,
             sample_ids=ids,
-            group_ids=groups,
             attempts=self.table.attempts(leased.stage, ids),
-            data=pa.RecordBatch.from_arrays(list(data), names=list(self._schema.stages[leased.stage].needs)),
             deadline=leased.deadline,
-            slots=len(np.unique(groups)) * self.table.group_size,
+            places=self.table.places(ids, stage.needs),
         )
 
-    def _samples(self, sample_ids: Sequence[int]) -> pa.RecordBatch:
-        """All that is known of some samples that have every column."""
-        ids, names = np.array(sample_ids, np.int64), self._schema.written
-        arrays = [pa.array(ids), pa.array(ids // self.table.group_size), *self._gather(ids, names)]
-        return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
+    def _has_room(self, groups: int, *, size: int) -> bool:
+        self.table.check_room(groups)
+        most = self.table.terms.max_bytes
+        if most is not None and size > most:
+            raise StoreError(f"a put of {size} bytes is more than max_bytes {most} ever leaves: put fewer at a time")
+        if most is not None and self._account.bytes + size > most:
+            return False
+        return self.table.capacity() >= groups * self.table.group_size
 
-    def _gather(self, ids: Ids, columns: Sequence[str]) -> list[pa.Array]:
-        return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
+    def _check_frame(self, frame: int) -> None:
+        if frame != NONE and not self._account.knows(frame):
+            raise StoreError(f"frame {frame} is in no segment that there is: write it again")
 
+    def _check_topic(self, topic: str) -> None:
+        if topic not in self._parked:
+            raise StoreError(f"there is no stage {topic!r}; the stages are {', '.join(self.table.schema.stages)}")
 
-def rebuild(schema: Schema, ledger: Path) -> Table:
-    """The table as a ledger tells it. Raises LedgerError."""
-    table: Table | None = None
-    for record in read_ledger(ledger):
-        try:
-            if table is not None:
-                table.apply(record.event)
-            elif isinstance(record.event, Opened):
-                table = Table(schema, record.event)
-            else:
-                raise LedgerError(f"{ledger} does not begin with the terms of a run: its beginning is lost")
-        except (LookupError, TypeError, ValueError, IllegalTransition) as error:
-            raise LedgerError(f"{ledger}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from error
-    if table is None:
-        raise LedgerError(f"{ledger} is empty: it holds no run")
-    return table
+    def _remove(self, segments: Sequence[int]) -> None:
+        for number in segments:
+            self._shelf.remove(number)
 
+    # -- housekeeping --------------------------------------------------------------------------------------------------
 
-def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
-    """The batch with exactly these columns in their types. Raises StoreError naming what does not fit."""
-    missing = [name for name in columns if name not in batch.schema.names]
-    unknown = [name for name in batch.schema.names if name not in COLUMNS or name not in columns]
-    twice = sorted({name for name in batch.schema.names if batch.schema.names.count(name) > 1})
-    if missing or unknown or twice:
-        wrong = {"missing": missing, "not expected": unknown, "there twice": twice}
-        found = "; ".join(f"{', '.join(names)} {what}" for what, names in wrong.items() if names)
-        raise StoreError(f"columns do not fit: {found}")
-    arrays = []
-    for name in columns:
-        array = batch.column(name)
-        if array.type != COLUMNS[name]:
+    def _see_to_it(self) -> None:
+        """There is something that has to happen at its time although nobody calls: leases that run out, while somebody
+        waits for their rows, and the removal of segments."""
+        if self._housekeeper is None:
+            self._housekeeper = threading.Thread(target=self._keep_house, name="store-housekeeper", daemon=True)
+            self._housekeeper.start()
+        elif self._asleep_until > self._next_chore():
+            self._alarm.notify_all()
+
+    def _next_chore(self) -> float:
+        """When there is something to do."""
+        deadline = self.table.next_deadline()
+        tidy = self._tidied + TIDY_EVERY if self._account.has_garbage else math.inf
+        return tidy if deadline is None else min(deadline, tidy)
+
+    def _keep_house(self) -> None:
+        while True:
+            with self._lock:
+                while not self._closed and (wait := self._next_chore() - self._clock.monotonic()) > 0:
+                    self._asleep_until = self._next_chore()
+                    self._alarm.wait(None if wait == math.inf else wait)
+                self._asleep_until = -math.inf
+                if self._closed:
+                    return
             try:
-                array = array.cast(COLUMNS[name])
-            except pa.ArrowException as error:
-                raise StoreError(f"column {name} must be {COLUMNS[name]}, not {array.type}: {error}") from None
-        empty = array.null_count or (array.flatten().null_count if pa.types.is_list(array.type) else 0)
-        if empty:
-            raise StoreError(f"column {name} has {empty} empty values: every sample and token needs one")
-        arrays.append(array)
-    return pa.RecordBatch.from_arrays(arrays, names=list(columns))
-
-
-def _lengths(lists: pa.ListArray) -> list[int]:
-    return [int(n) for n in np.diff(lists.offsets.to_numpy())]
-
-
-def _same_lengths(batch: pa.RecordBatch) -> None:
-    """Columns with a value for each response token must agree on how many there are."""
-    lengths = {name: _lengths(batch.column(name)) for name in TOKEN_COLUMNS if name in batch.schema.names}
-    for name, found in lengths.items():
-        first = next(iter(lengths))
-        if found != lengths[first]:
-            raise StoreError(f"columns {first} and {name} do not have the same number of tokens in each sample")
-
-
-def _version_span(versions: pa.ListArray) -> tuple[list[int | None], list[int | None]]:
-    """Oldest and newest packed version in each row."""
-    spans = [row.values.to_numpy() if len(row.values) else None for row in versions]
-    return (
-        [None if span is None else int(span.min()) for span in spans],
-        [None if span is None else int(span.max()) for span in spans],
-    )
+                with self._operation() as now:
+                    tidy = self._account.has_garbage and self._tidied + TIDY_EVERY <= now
+                    if tidy:
+                        self._tidied = now
+                if tidy:
+                    self.reclaim()
+            except Closed:
+                return
+            except LedgerError:
+                logger.exception("the store's housekeeping has to wait")
+                time.sleep(TIDY_EVERY)

@@ -1,4 +1,6 @@
-"""The one interface through which everybody talks to the store, embedded or over a wire."""
+"""The two interfaces of the store: `StoreClient`, columns in and out, for everybody; `Control`, which says where data
+are and whose they are, for those who carry the data themselves. Each is the same embedded and over a wire.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,34 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from asyncflow.store.events import PutId, Samples
 from asyncflow.types import PolicyVersion
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where the values of some columns are, which the same put has written."""
+
+    columns: tuple[str, ...]
+    frames: np.ndarray
+    """(N,) int64: the frame that has the row of each sample."""
+    offsets: np.ndarray
+    """(N,) int32: the row in this frame."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grant:
+    """A lease without its data."""
+
+    lease_id: int
+    stage: str
+    sample_ids: np.ndarray
+    """(N,) int64, in admission order; whole groups for the training stage."""
+    attempts: np.ndarray
+    """(N,) int32"""
+    deadline: float
+    places: tuple[Place, ...]
+    """Of the columns that the stage needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +93,8 @@ class Counts:
     """Open samples by state of their life."""
     leased: Mapping[str, int]
     """Samples out on lease, by stage."""
+    ready: Mapping[str, int]
+    """Samples that a stage could take now, for each but the training stage: how far it is behind."""
     capacity: int
     """Samples that could be admitted now."""
     max_staleness: int
@@ -73,6 +104,8 @@ class Counts:
     """Version that each rollout engine serves."""
     oldest: PolicyVersion | None
     """Oldest policy version among the tokens of the open samples."""
+    bytes: int
+    """Of the data that are needed."""
 
     @property
     def open(self) -> int:
@@ -90,43 +123,25 @@ class Waited:
     """Who has it; None: it waits to be taken."""
 
 
-class StoreClient(Protocol):
-    """All calls are blocking, thread-safe and have a deadline. One that raises has changed nothing.
+class Management(Protocol):
+    """What the two interfaces have in common.
 
-    Besides what is said below, a call raises Closed when the store is closed (`counts` still answers), and LedgerError
-    when what it does cannot be recorded, because the disk is full for example.
+    All calls are blocking, thread-safe and have a deadline. One that raises has changed nothing. Besides what is said
+    below, a call raises Closed when the store is closed (`counts` still answers), and LedgerError when what it does
+    cannot be recorded, because the disk is full for example.
     """
-
-    def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
-        """Add one group for each row of `prompts` (the prompt columns), once the staleness bound leaves room.
-
-        All of them or none. Returns the group ids, or None when there was no room within `timeout` seconds. Raises
-        StoreError for columns that do not fit, and for more groups at once than the bound could ever hold.
-        """
-
-    def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
-    ) -> Lease | None:
-        """Take up to `max_rows` rows (for the training stage whole groups, at least one) that are ready for `stage`.
-
-        `max_tokens` bounds prompt and response tokens together; one row (or group) is always given. Returns None when
-        nothing was ready within `timeout` seconds. Raises StoreError for a stage that there is not.
-        """
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         """Move the deadline to `ttl` seconds from now. Raises LeaseLost."""
-
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
-        """Append all of the stage's columns to some rows of a lease, and give these back. All of it happens or nothing.
-
-        Raises StoreError for columns that do not fit, LeaseLost naming the rows that are not in the lease any more.
-        """
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
         """Give rows back undone. `final`, or too many attempts, quarantines them with all their reasons.
 
         Raises LeaseLost naming the rows that are not in the lease any more.
         """
+
+    def gone(self, worker: str) -> None:
+        """Say that a worker has died: its rows come back at once."""
 
     def commit(
         self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
@@ -165,10 +180,114 @@ class StoreClient(Protocol):
 
     def awaited(self, topic: str) -> str:
         """What a stage that finds nothing ready waits for, or the feeder (`admission`) that finds no room: a stage,
-        `feeder`, `bound`, `weights` or `end` (`Table.awaited`). Raises StoreError for a stage that there is not."""
+        `feeder`, `bound`, `weights`, `max_rows`, `max_bytes` or `end` (`Table.awaited`). Raises StoreError for a stage
+        that there is not."""
 
     def counts(self) -> Counts:
         """The account, at one moment."""
 
     def close(self) -> None:
-        """Wake all waiters with Closed. What is in the store stays in the ledger. May be called twice."""
+        """Embedded: wake all waiters with Closed; what is in the store stays in the ledger. Over a wire: leave. May be
+        called twice."""
+
+
+class Control(Management, Protocol):
+    """Who may touch which sample, by those who write and read frames themselves."""
+
+    def allocate(self) -> int:
+        """The number of a new segment for the caller to write."""
+
+    def room(self, groups: int, *, timeout: float) -> bool:
+        """Wait until so many groups could be admitted. Raises StoreError for more than there could ever be room for."""
+
+    def admit(
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        frame: int,
+        size: int,
+        samples: Samples | None = None,
+        put: PutId | None = None,
+        timeout: float,
+    ) -> int | None:
+        """Add one group for each prompt, as `StoreClient.admit`. Returns the first one's id.
+
+        `size`: bytes of the frames. Raises StoreError for a frame in a segment that there is not.
+        """
+
+    def lease(
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        ttl: float,
+        timeout: float,
+    ) -> Grant | None:
+        """As `StoreClient.lease`."""
+
+    def ack(
+        self,
+        lease_id: int,
+        sample_ids: Sequence[int],
+        *,
+        columns: int,
+        frame: int,
+        size: int,
+        tokens: Sequence[int] = (),
+        oldest: Sequence[int | None] = (),
+        newest: Sequence[int | None] = (),
+    ) -> None:
+        """As `StoreClient.ack`, with the columns (a bit set) in a frame of `size` bytes."""
+
+    def held(self, lease_id: int) -> np.ndarray:
+        """Samples that a lease still holds; none when it has ended."""
+
+    def columns_of(self, sample_ids: Sequence[int]) -> tuple[str, ...]:
+        """Columns that all of some open samples have. Raises StoreError for samples that have ended."""
+
+    def places(self, sample_ids: Sequence[int], columns: Sequence[str]) -> tuple[Place, ...]:
+        """Where columns of open samples are. Raises StoreError naming those that have ended or lack one."""
+
+
+class StoreClient(Management, Protocol):
+    """Columns in and out."""
+
+    def admit(
+        self,
+        prompts: pa.RecordBatch,
+        samples: pa.RecordBatch | None = None,
+        *,
+        put: PutId | None = None,
+        timeout: float,
+    ) -> tuple[int, ...] | None:
+        """Add one group for each row of `prompts` (the prompt columns), once the staleness bound leaves room.
+
+        All of them or none. `samples` brings what somebody else has generated, n rows for each prompt in the same
+        order: all columns of the stage that generates, and all or none of each further one. A `put` that is repeated
+        with the same id gives the same answer and changes nothing. Returns the group ids, or None when there was no
+        room within `timeout` seconds (`awaited` says for what). Raises StoreError for columns that do not fit, and for
+        more groups at once than the bound could ever hold.
+        """
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+    ) -> Lease | None:
+        """Take up to `max_rows` rows (for the training stage whole groups, at least one) that are ready for `stage`.
+
+        `max_tokens` bounds prompt and response tokens together; one row (or group) is always given. Returns None when
+        nothing was ready within `timeout` seconds. Raises StoreError for a stage that there is not.
+        """
+
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+        """Append all of the stage's columns to some rows of a lease, and give these back. All of it happens or nothing.
+
+        Raises StoreError for columns that do not fit, LeaseLost naming the rows that are not in the lease any more.
+        """
+
+    def read(self, sample_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Columns of open samples (None: all that each of them has), without taking them.
+
+        Raises StoreError for samples that have ended or lack one of the columns, DamagedData.
+        """

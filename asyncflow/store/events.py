@@ -32,6 +32,10 @@ class Opened(Event, frozen=True, kw_only=True):
     max_attempts: int
     resumable: bool = False
     """What a step consumed is kept until a checkpoint has passed it, so that it can be taken back."""
+    max_rows: int | None = None
+    """Open samples above which nothing is admitted."""
+    max_bytes: int | None = None
+    """Bytes of needed data above which nothing is admitted."""
 
 
 class Amended(Event, frozen=True, kw_only=True):
@@ -40,6 +44,30 @@ class Amended(Event, frozen=True, kw_only=True):
     kind = "amended"
     max_staleness: int
     last_version: int | None
+
+
+class PutId(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names one put, so that repeating it changes nothing."""
+
+    producer: str
+    epoch: int = 0
+    """Grows when a producer starts again: puts of an earlier epoch are refused from then on."""
+    sequence: int
+    """Grows with each put of an epoch."""
+
+
+class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Columns that samples have from their admission on, because somebody else has generated them."""
+
+    columns: int
+    """Bit set."""
+    frame: int
+    """Sample i is row i of the frame."""
+    tokens: tuple[int, ...] = ()
+    """Response tokens."""
+    oldest: tuple[int | None, ...] = ()
+    """Oldest policy version among the response tokens."""
+    newest: tuple[int | None, ...] = ()
 
 
 class Admitted(Event, frozen=True, kw_only=True):
@@ -52,6 +80,9 @@ class Admitted(Event, frozen=True, kw_only=True):
     """One for each group."""
     frame: int
     """Where the data are; group i is row i of the frame."""
+    samples: Samples | None = None
+    """None: they are prompts so far."""
+    put: PutId | None = None
 
 
 class Leased(Event, frozen=True, kw_only=True):

@@ -180,6 +180,12 @@ class Rows:
         """Samples that have not ended."""
         return np.flatnonzero(self.state[: self.end - self.base] < len(OPEN_STATES)) + self.base
 
+    def has_data(self, ids: Ids) -> Flags:
+        """Which of these samples, which have entries, have not ended or are kept."""
+        index = ids - self.base
+        flags: Flags = (self.state[index] < len(OPEN_STATES)) | self.kept[index]
+        return flags
+
     def is_open(self, ids: Ids) -> Flags:
         """Which of these are samples that have not ended; any number may be asked for."""
         inside = (ids >= self.base) & (ids < self.end)

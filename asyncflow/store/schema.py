@@ -58,6 +58,9 @@ class Schema:
         self.stages: dict[str, Stage] = {stage.name: stage for stage in stages}
         if len(self.stages) != len(stages):
             raise ConfigError("two stages have the same name: give each its own")
+        self.columns = COLUMNS
+        self.prompt_columns = PROMPT_COLUMNS
+        self.token_columns = TOKEN_COLUMNS
         self._bits = {name: 1 << index for index, name in enumerate(COLUMNS)}
         self.prompt_mask = self.mask(PROMPT_COLUMNS)
         self.needs = {stage.name: self.mask(stage.needs) for stage in stages}

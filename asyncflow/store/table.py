@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.errors import IllegalTransition, LeaseLost, StalenessViolation, StoreError
+from asyncflow.store.client import Place
 from asyncflow.store.events import (
     Acked,
     Admitted,
@@ -34,10 +35,12 @@ from asyncflow.store.events import (
     Event,
     Leased,
     Opened,
+    PutId,
     Quarantined,
     Renewed,
     Resumed,
     Returned,
+    Samples,
     Served,
 )
 from asyncflow.store.lifecycle import OPEN_STATES, STATES, Move, State, next_states
@@ -56,8 +59,11 @@ FEEDER = "feeder"
 BOUND = "bound"
 WEIGHTS = "weights"
 END = "end"
+ROWS = "max_rows"
+BYTES = "max_bytes"
 """What is waited for, besides stages: the next prompt; a commit, because the staleness bound is reached; an engine that
-serves newer weights; nothing, because the last step has all of its samples."""
+serves newer weights; nothing, because the last step has all of its samples; samples that end, because there are as many
+as may be open, or their data are as large as they may be."""
 
 
 REWARDED = STATES.index(State.REWARDED)
@@ -125,6 +131,8 @@ class Table:
         """Highest id of a frame that any sample ever had."""
         self.ended: Counter[str] = Counter()
         """trained, quarantined, and dropped:<reason> → samples."""
+        self.puts: dict[str, tuple[PutId, int, int]] = {}
+        """Producer → its last put, the first of its groups, and how many they were."""
         self.consumed: dict[int, Consumed] = {}
         """Version number of a step → its rows, as long as they can be taken back."""
         self._counts = np.zeros(len(STATES), np.int64)
@@ -162,18 +170,32 @@ class Table:
         """
         return max(0, self._room()[0])
 
+    def check_room(self, groups: int) -> None:
+        """Raises StoreError for more groups than there could ever be room for."""
+        places, most, what = groups * self.group_size, self.most_open, f"max_staleness {self.terms.max_staleness}"
+        if self.terms.max_rows is not None and self.terms.max_rows < most:
+            most, what = self.terms.max_rows, f"max_rows {self.terms.max_rows}"
+        if places > most:
+            raise StoreError(
+                f"{groups} groups at once need {places} places, and {what} never leaves more than {most}: "
+                f"admit at most {most // self.group_size} groups at a time"
+            )
+
     def _room(self) -> tuple[int, str]:
         """Samples that may be admitted now, below zero when there are too many, and what sets this limit."""
         if not self.served:
             return 0, WEIGHTS
         batch, places = self.terms.train_batch_size, self.groups.count * self.group_size
-        room = self.most_generated - places
+        room, limit = self.most_generated - places, BOUND
+        if room < self.group_size <= self.most_open - places:
+            limit = WEIGHTS
+        if self.terms.max_rows is not None and self.terms.max_rows - places < room:
+            room, limit = self.terms.max_rows - places, ROWS
         if self.terms.last_version is not None:
             left = (self.terms.last_version - self.learner.n) * batch - places
             if left <= room:
                 return left, END
-        lags = room < self.group_size <= self.most_open - places
-        return room, WEIGHTS if lags else BOUND
+        return room, limit
 
     @property
     def states(self) -> Counter[State]:
@@ -247,16 +269,32 @@ class Table:
         """All open samples, one by one: for those who look on."""
         return {i: row for i in self.rows.open().tolist() if (row := self.row(i)) is not None}
 
-    def places(self, ids: Ids, column: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Where the values of a column are: frame and row of the frame of each sample, which must have it."""
-        line, index = self._writer_line(column), ids - self.rows.base
-        return self.rows.frame[line, index], self.rows.offset[line, index]
+    def places(self, ids: Ids, columns: Iterable[str]) -> tuple[Place, ...]:
+        """Where the values of these columns are. Raises StoreError naming samples that have ended or lack one."""
+        names = tuple(columns)
+        mask, index = self.schema.mask(names), ids - self.rows.base
+        there = (ids >= self.rows.base) & (ids < self.rows.end)
+        there[there] = self.rows.has_data(ids[there])
+        there[there] = self.rows.columns[index[there]] & mask == mask
+        if not there.all():
+            raise StoreError(
+                f"{_named(ids[~there].tolist())} has ended or does not have {', '.join(names)} yet: ask for others"
+            )
+        lines: dict[int, list[str]] = {}
+        for name in names:
+            lines.setdefault(self._writer_line(name), []).append(name)
+        return tuple(
+            Place(tuple(names), self.rows.frame[line, index], self.rows.offset[line, index])
+            for line, names in lines.items()
+        )
 
-    def rows_of_frame(self, ids: Ids, frame: int) -> list[int]:
-        """Those of these samples of which some column is in a frame."""
-        there = (self.rows.frame[:, ids - self.rows.base] == frame).any(axis=0)
-        found: list[int] = ids[there].tolist()
-        return found
+    def columns_of(self, ids: Ids) -> tuple[str, ...]:
+        """The columns that all of these samples have. Raises StoreError for samples that have ended."""
+        there = self.rows.is_open(ids)
+        if not there.all():
+            raise StoreError(f"{_named(ids[~there].tolist())} has ended: ask for others")
+        have = int(np.bitwise_and.reduce(self.rows.columns[ids - self.rows.base])) if len(ids) else 0
+        return tuple(name for name in self.schema.names(have) if name in self.schema.written)
 
     def attempts(self, stage: str, ids: Ids) -> NDArray[np.int32]:
         """How often each of these samples was leased to a stage."""
@@ -290,18 +328,27 @@ class Table:
 
     # -- decisions: pure -----------------------------------------------------------------------------------------------
 
-    def admit(self, prompt_tokens: Sequence[int], *, frame: int) -> list[Event] | None:
+    def admit(
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        frame: int,
+        samples: Samples | None = None,
+        put: PutId | None = None,
+    ) -> list[Event] | None:
         """Admit one group for each prompt, or None while there is no room for all of them.
 
-        Raises StoreError for more groups than there could ever be room for.
+        `samples`: what somebody else has generated and perhaps scored already. Nothing happens (no events) for a put
+        that has happened already. Raises StoreError for more groups than there could ever be room for, for columns
+        that are not all of one or more stages, and for a put that a later one has passed; IllegalTransition for
+        tokens of a version that no commit has made.
         """
-        places, most = len(prompt_tokens) * self.group_size, self.most_open
-        if places > most:
-            raise StoreError(
-                f"{len(prompt_tokens)} groups at once need {places} places, and max_staleness "
-                f"{self.terms.max_staleness} never leaves more than {most}: admit at most "
-                f"{most // self.group_size} groups at a time"
-            )
+        if put is not None and self._has_happened(put, len(prompt_tokens)):
+            return []
+        self.check_room(len(prompt_tokens))
+        places = len(prompt_tokens) * self.group_size
+        if samples is not None:
+            self._check_samples(samples, places)
         if self.capacity() < places:
             return None
         return [
@@ -310,8 +357,53 @@ class Table:
                 first_sample=self.next_sample,
                 prompt_tokens=tuple(prompt_tokens),
                 frame=frame,
+                samples=samples,
+                put=put,
             )
         ]
+
+    def _has_happened(self, put: PutId, groups: int) -> bool:
+        if put.producer not in self.puts:
+            return False
+        last, _, admitted = self.puts[put.producer]
+        if (put.epoch, put.sequence) > (last.epoch, last.sequence):
+            return False
+        if put != last:
+            raise StoreError(
+                f"put {put.epoch}.{put.sequence} of {put.producer} comes after {last.epoch}.{last.sequence}: "
+                "a producer that starts again takes a higher epoch, and its sequence grows with each put"
+            )
+        if groups != admitted:
+            raise StoreError(
+                f"put {put.epoch}.{put.sequence} of {put.producer} had {admitted} groups and now has {groups}: "
+                "a put that is repeated stays the same"
+            )
+        return True
+
+    def _check_samples(self, samples: Samples, places: int) -> None:
+        complete = 0
+        for stage in self._writers(samples.columns):
+            complete |= self.schema.writes[stage]
+        if samples.columns != complete or not self.schema.writes[self.schema.generate.name] & complete:
+            brought = ", ".join(self.schema.names(samples.columns)) or "nothing"
+            raise StoreError(
+                f"samples are put with all columns of {self.schema.generate.name} "
+                f"({', '.join(self.schema.generate.writes)}), and all or none of each further stage: "
+                f"they have {brought}"
+            )
+        lengths = {len(values) for values in (samples.tokens, samples.oldest, samples.newest) if values}
+        if lengths - {places}:
+            raise StoreError(f"{places} samples are put, and what is said of their tokens is of {max(lengths)}")
+        newest = max((version for version in samples.newest if version is not None), default=0)
+        if PolicyVersion.unpack(newest).n > self.learner.n:
+            raise IllegalTransition(
+                f"a sample has tokens of {PolicyVersion.unpack(newest)}: the last step made {self.learner}"
+            )
+
+    def admitted_by(self, put: PutId) -> int | None:
+        """First group of a producer's last put; None when it is another one."""
+        last = self.puts.get(put.producer)
+        return last[1] if last is not None and last[0] == put else None
 
     def lease(self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None, deadline: float) -> list[Event]:
         """Lease rows in admission order; no `Leased` event among the result when nothing is ready.
@@ -437,14 +529,21 @@ class Table:
 
     def expire(self, now: float) -> list[Event]:
         """Take back the rows of every lease whose deadline has passed."""
+        return self._take_back(lambda lease: lease.deadline <= now, "the lease of {} ran out")
+
+    def gone(self, worker: str) -> list[Event]:
+        """Take back the rows of every lease of a worker that has died."""
+        return self._take_back(lambda lease: lease.worker == worker, "{} has died")
+
+    def _take_back(self, which: Callable[[LeaseRecord], bool], reason: str) -> list[Event]:
         returns = [
             Returned(
                 lease_id=lease_id,
                 rows=tuple(np.sort(self.held(lease_id)).tolist()),
-                reason=f"the lease of {lease.worker} ran out",
+                reason=reason.format(lease.worker),
             )
             for lease_id, lease in self.leases.items()
-            if lease.deadline <= now
+            if which(lease)
         ]
         return self._give_back(returns, final=False)
 
@@ -539,6 +638,26 @@ class Table:
             gone = f"what step {missing[0]} consumed is gone" if number <= self.learner.n else "it was never made"
             raise IllegalTransition(f"the run, which is at {self.learner}, cannot go on from step {number}: {gone}")
         return [Resumed(version=PolicyVersion(incarnation=self.learner.incarnation + 1, n=number).packed)]
+
+    def needed_by(self, event: Event) -> Counter[int]:
+        """Frames that so many rows begin to need with this event; a row that needs several columns counts for each
+        stage that has written one."""
+        match event:
+            case Admitted():
+                rows = len(event.prompt_tokens) * self.group_size
+                frames = Counter({event.frame: rows})
+                if event.samples is not None:
+                    writers = sum(1 for _ in self._writers(event.samples.columns))
+                    frames[event.samples.frame] += rows * writers
+                return frames
+            case Acked() if event.frame != NONE:
+                return Counter({event.frame: len(event.rows)})
+            case _:
+                return Counter()
+
+    def _writers(self, columns: int) -> Iterator[str]:
+        """Stages all of whose columns are among these."""
+        return (stage for stage, writes in self.schema.writes.items() if writes and columns & writes == writes)
 
     def released_by(self, event: Event) -> Counter[int]:
         """Frames whose data so many rows do not need any more when this event has been applied."""
@@ -647,7 +766,43 @@ class Table:
         self.groups.put(groups, there=True)
         self.next_group += len(groups)
         self.next_sample += len(ids)
-        return self._enqueue(ids)
+        if event.put is not None:
+            self.puts[event.put.producer] = event.put, event.first_group, len(groups)
+        topics = set() if event.samples is None else self._complete(ids, event.samples)
+        return topics | self._enqueue(ids)
+
+    def _complete(self, ids: Ids, samples: Samples) -> set[str]:
+        """New samples that were generated elsewhere."""
+        self._move(ids, Move.START_GENERATING)
+        self._move(ids, Move.GENERATE)
+        for stage in self._writers(samples.columns):
+            line = self._line[stage] + 1
+            self.rows.frame[line, ids - self.rows.base] = samples.frame
+            self.rows.offset[line, ids - self.rows.base] = np.arange(len(ids))
+        self.last_frame = max(self.last_frame, samples.frame)
+        return self._append(ids, samples.columns, samples.tokens, samples.oldest, samples.newest)
+
+    def _append(
+        self,
+        ids: Ids,
+        columns: int,
+        tokens: Sequence[int],
+        oldest: Sequence[int | None],
+        newest: Sequence[int | None],
+    ) -> set[str]:
+        """Rows have more columns now; those that have all that training needs are ready for it."""
+        index, rows = ids - self.rows.base, self.rows
+        rows.columns[index] |= columns
+        if tokens:
+            rows.tokens[index] += np.array(tokens, np.int32)
+            rows.oldest[index] = [NONE if version is None else version for version in oldest]
+            rows.newest[index] = [NONE if version is None else version for version in newest]
+        needs = self.schema.needs[self.schema.train.name]
+        complete = ids[(rows.state[index] == GENERATED) & (rows.columns[index] & needs == needs)]
+        if not len(complete):
+            return set()
+        self._move(complete, Move.COMPLETE_SCORES)
+        return {self.schema.train.name}
 
     def _apply_leased(self, event: Leased) -> set[str]:
         ids = np.array(event.rows, np.int64)
@@ -679,24 +834,14 @@ class Table:
 
     def _apply_acked(self, event: Acked) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
-        ids, rows = np.array(event.rows, np.int64), self.rows
-        index = ids - rows.base
+        ids = np.array(event.rows, np.int64)
+        index, line = ids - self.rows.base, self._line[stage.name] + 1
         self._release(event.lease_id, ids)
-        rows.columns[index] |= event.columns
-        line = self._line[stage.name] + 1
-        rows.frame[line, index], rows.offset[line, index] = event.frame, np.arange(len(ids))
+        self.rows.frame[line, index], self.rows.offset[line, index] = event.frame, np.arange(len(ids))
         self.last_frame = max(self.last_frame, event.frame)
-        if event.tokens:
-            rows.tokens[index] += np.array(event.tokens, np.int32)
-            rows.oldest[index] = [NONE if version is None else version for version in event.oldest]
-            rows.newest[index] = [NONE if version is None else version for version in event.newest]
         if stage.role == "generate":
             self._move(ids, Move.GENERATE)
-        needs, topics = self.schema.needs[self.schema.train.name], set()
-        complete = ids[(rows.state[index] == GENERATED) & (rows.columns[index] & needs == needs)]
-        if len(complete):
-            self._move(complete, Move.COMPLETE_SCORES)
-            topics.add(self.schema.train.name)
+        topics = self._append(ids, event.columns, event.tokens, event.oldest, event.newest)
         return topics | self._enqueue(ids)
 
     def _apply_returned(self, event: Returned) -> set[str]:
@@ -875,6 +1020,10 @@ class Table:
         prefix = f"{State.DROPPED}:"
         return {key.removeprefix(prefix): n for key, n in self.ended.items() if n and key.startswith(prefix)}
 
+    def ready(self) -> dict[str, int]:
+        """Samples that each stage but the training stage could take now."""
+        return {stage: marks.count for stage, marks in self._ready.items()}
+
     def leased(self) -> dict[str, int]:
         """Samples out on lease, by stage."""
         counts: Counter[str] = Counter()
@@ -894,6 +1043,7 @@ class Table:
             "leases": {i: (r.stage, r.worker, r.left) for i, r in self.leases.items()},
             "served": dict(self.served),
             "learner": self.learner,
+            "puts": dict(self.puts),
             "next": (self.next_sample, self.next_group, self.next_lease, self.last_frame),
             "ended": dict(self.ended),
             "states": self.states,

@@ -1,0 +1,46 @@
+"""Where a client's frames are. `MemoryFrames` is the other one that there is on this host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from asyncflow.store.segments import SegmentReader, SegmentWriter
+
+
+class Data(Protocol):
+    """Writes and reads frames."""
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        """Write a frame, and return its id. Raises OSError when there is no room; then nothing was written."""
+
+    def settle(self, frame: int) -> None:
+        """The broker has been told of the frame, or never will be."""
+
+    def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
+        """One array for each column, with the value at each place. Raises DamagedData."""
+
+    def forget(self, segment: int) -> None:
+        """Nobody asks for this segment any more."""
+
+    def close(self) -> None:
+        """May be called twice."""
+
+
+class FileFrames:
+    """Frames in segments of this host: its own to write, all to read."""
+
+    def __init__(self, folder: Path, allocate: Callable[[], int]) -> None:
+        """Raises OSError."""
+        self.writer = SegmentWriter(folder, allocate)
+        self.reader = SegmentReader(folder)
+        self.append, self.settle = self.writer.append, self.writer.settle
+        self.read, self.forget = self.reader.read, self.reader.forget
+
+    def close(self) -> None:
+        self.writer.close()
+        self.reader.close()

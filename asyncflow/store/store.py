@@ -1,0 +1,318 @@
+"""The store as everybody uses it: columns in, columns out.
+
+A put writes its columns once, as one frame in a segment of the caller's own, and then names the frame to the broker. A
+lease answers where the columns of its samples are, and they are read from there without a copy. Who the broker is (in
+this process, or over a wire) and where the segments are (files of this host, this process's memory, another host) is
+decided when the store is opened, and makes no difference to what happens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from asyncflow.clock import Clock, SystemClock
+from asyncflow.errors import DamagedData, LedgerError, StoreError
+from asyncflow.store.account import Account
+from asyncflow.store.broker import Broker
+from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Waited
+from asyncflow.store.columns import about_tokens, conform, prompt_tokens, same_lengths
+from asyncflow.store.data import Data, FileFrames
+from asyncflow.store.events import Committed, Opened, PutId, Samples
+from asyncflow.store.journal import Journal
+from asyncflow.store.recovery import rebuild
+from asyncflow.store.rows import NONE
+from asyncflow.store.schema import Schema
+from asyncflow.store.segments import MemoryFrames, SegmentFolder
+from asyncflow.store.table import Table
+from asyncflow.types import PolicyVersion
+
+OnCommitted = Callable[[Committed, Callable[[], pa.RecordBatch]], None]
+"""Is told of every step when the ledger has it and before the data may go. What it is given makes one batch of them:
+the trained samples and then the skipped ones, as `sample_id`, `group_id` and every column of the schema that is
+written. Everybody waits meanwhile, and it must not raise: the step is committed already."""
+
+
+class Store:
+    """Implements `StoreClient`; thread-safe."""
+
+    def __init__(self, schema: Schema, group_size: int, control: Control, data: Data) -> None:
+        """Use `create` or `reopen`, or `asyncflow.store.remote.connect`."""
+        self.schema = schema
+        self._group_size = group_size
+        self._control = control
+        self._data = data
+        self._waits = threading.Event()
+        """Whether the last admission found no room: the next one waits for it before it writes."""
+
+    # -- those who are asked about nothing but samples -----------------------------------------------------------------
+
+    def renew(self, lease_id: int, *, ttl: float) -> None:
+        self._control.renew(lease_id, ttl=ttl)
+
+    def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
+        self._control.nack(lease_id, sample_ids, reason=reason, final=final)
+
+    def gone(self, worker: str) -> None:
+        self._control.gone(worker)
+
+    def commit(
+        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+    ) -> None:
+        self._control.commit(leases=leases, trained=trained, skipped=skipped, version=version)
+
+    def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
+        self._control.drop(sample_ids, reason=reason)
+
+    def serve(self, engine: str, version: PolicyVersion | None) -> None:
+        self._control.serve(engine, version)
+
+    def amend(self, *, max_staleness: int | None = None, last_version: int | None = None) -> None:
+        self._control.amend(max_staleness=max_staleness, last_version=last_version)
+
+    def checkpointed(self, version: PolicyVersion, *, oldest: PolicyVersion) -> None:
+        self._control.checkpointed(version, oldest=oldest)
+
+    def waited_for(self) -> tuple[Waited, ...]:
+        return self._control.waited_for()
+
+    def awaited(self, topic: str) -> str:
+        return self._control.awaited(topic)
+
+    def counts(self) -> Counts:
+        return self._control.counts()
+
+    def close(self) -> None:
+        self._control.close()
+        self._data.close()
+
+    # -- those that carry data -----------------------------------------------------------------------------------------
+
+    def admit(
+        self,
+        prompts: pa.RecordBatch,
+        samples: pa.RecordBatch | None = None,
+        *,
+        put: PutId | None = None,
+        timeout: float,
+    ) -> tuple[int, ...] | None:
+        prompts = conform(prompts, self.schema.columns, self.schema.prompt_columns)
+        groups = len(prompts)
+        if samples is not None:
+            samples = self._conform(samples)
+            if len(samples) != groups * self._group_size:
+                raise StoreError(
+                    f"{groups} prompts have {self._group_size} samples each; {len(samples)} rows of samples are put"
+                )
+        if not groups:
+            return ()
+        if self._waits.is_set():
+            if not self._control.room(groups, timeout=timeout):
+                return None
+            self._waits.clear()
+        first = self._admit(prompts, samples, put, timeout)
+        if first is None:
+            self._waits.set()
+            return None
+        return tuple(range(first, first + groups))
+
+    def _admit(
+        self, prompts: pa.RecordBatch, samples: pa.RecordBatch | None, put: PutId | None, timeout: float
+    ) -> int | None:
+        frames = []
+        try:
+            if samples is not None and self._group_size == 1:  # one row each: one frame for both
+                arrays, names = [*prompts.columns, *samples.columns], [*prompts.schema.names, *samples.schema.names]
+                frames.append(self._append(pa.RecordBatch.from_arrays(arrays, names=names)))
+            else:
+                frames.append(self._append(prompts))
+                if samples is not None:
+                    frames.append(self._append(samples))
+            return self._control.admit(
+                prompt_tokens(prompts),
+                frame=frames[0],
+                size=prompts.nbytes + (0 if samples is None else samples.nbytes),
+                samples=None if samples is None else self._about(samples, frames[-1]),
+                put=put,
+                timeout=timeout,
+            )
+        finally:
+            for frame in frames:
+                self._data.settle(frame)
+
+    def _about(self, samples: pa.RecordBatch, frame: int) -> Samples:
+        about = {name: tuple(values) for name, values in about_tokens(samples).items()}
+        return Samples(columns=self.schema.mask(samples.schema.names), frame=frame, **about)
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+    ) -> Lease | None:
+        while True:
+            grant = self._control.lease(
+                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, ttl=ttl, timeout=timeout
+            )
+            if grant is None:
+                return None
+            if (lease := self._deliver(grant)) is not None:
+                return lease
+
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+        columns = self._conform(columns)
+        if columns.num_columns and len(columns) != len(sample_ids):
+            raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
+        if not len(sample_ids):
+            return
+        frame = self._append(columns) if columns.num_columns else NONE
+        try:
+            self._control.ack(
+                lease_id,
+                sample_ids,
+                columns=self.schema.mask(columns.schema.names),
+                frame=frame,
+                size=columns.nbytes,
+                **about_tokens(columns),
+            )
+        finally:
+            if frame != NONE:
+                self._data.settle(frame)
+
+    def read(self, sample_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        if columns is None:
+            columns = self._control.columns_of(sample_ids)
+        return self._gather(columns, self._control.places(sample_ids, columns))
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _append(self, columns: pa.RecordBatch) -> int:
+        try:
+            return self._data.append(columns)
+        except OSError as error:
+            raise LedgerError(
+                f"the data of a sample cannot be written ({error}): see that their disk has room"
+            ) from error
+
+    def _conform(self, columns: pa.RecordBatch) -> pa.RecordBatch:
+        """Columns that a stage brings, whichever they are. Raises StoreError."""
+        columns = conform(columns, self.schema.columns, tuple(dict.fromkeys(columns.schema.names)))
+        same_lengths(columns, self.schema.token_columns)
+        return columns
+
+    def _deliver(self, grant: Grant) -> Lease | None:
+        """The rows of a lease with their data. Those whose data are damaged are quarantined; None when none is left."""
+        held, places = np.ones(len(grant.sample_ids), np.bool_), grant.places
+        while held.any():
+            try:
+                data = self._gather(self.schema.stages[grant.stage].needs, places)
+            except DamagedData as damage:
+                lost = np.zeros(len(held), np.bool_)
+                lost[held] = np.logical_or.reduce([place.frames == damage.frame for place in places])
+                self._control.nack(grant.lease_id, grant.sample_ids[lost].tolist(), reason=str(damage), final=True)
+                # Others may have gone with these, because too little is left of their group.
+                held = np.isin(grant.sample_ids, self._control.held(grant.lease_id))
+                places = tuple(Place(p.columns, p.frames[held], p.offsets[held]) for p in grant.places)
+                continue
+            ids = grant.sample_ids[held]
+            groups = ids // self._group_size
+            return Lease(
+                lease_id=grant.lease_id,
+                stage=grant.stage,
+                sample_ids=ids,
+                group_ids=groups,
+                attempts=grant.attempts[held],
+                data=data,
+                deadline=grant.deadline,
+                slots=len(np.unique(groups)) * self._group_size,
+            )
+        return None
+
+    def _gather(self, columns: Sequence[str], places: Sequence[Place]) -> pa.RecordBatch:
+        found: dict[str, pa.Array] = {}
+        for place in places:
+            types = {name: self.schema.columns[name] for name in place.columns}
+            found |= dict(zip(place.columns, self._data.read(types, place.frames, place.offsets), strict=True))
+        return pa.RecordBatch.from_arrays([found[name] for name in columns], names=list(columns))
+
+
+class EmbeddedStore(Store):
+    """The store of one run with its broker in this process."""
+
+    def __init__(self, broker: Broker, data: Data) -> None:
+        super().__init__(broker.table.schema, broker.table.group_size, broker, data)
+        self.broker = broker
+        self._on_committed: OnCommitted | None = None
+
+    @property
+    def table(self) -> Table:
+        """To look at; it changes while others use the store."""
+        return self.broker.table
+
+    @classmethod
+    def create(
+        cls, schema: Schema, opened: Opened, *, ledger: Path, data: Path | None = None, clock: Clock | None = None
+    ) -> Self:
+        """The store of a new run under these terms. `data`: folder of the samples' data; None keeps them in memory.
+
+        Raises LedgerError when the ledger exists, or one of the two cannot be made.
+        """
+        clock = clock or SystemClock()
+        journal = Journal.create(ledger, opened, clock.wall())
+        return cls._open(Table(schema, opened), journal, data, clock)
+
+    @classmethod
+    def reopen(
+        cls, schema: Schema, *, ledger: Path, data: Path, step: int | None = None, clock: Clock | None = None
+    ) -> Self:
+        """The store of an earlier process, which has ended, as its ledger tells it, gone back to the version of `step`.
+
+        None stays at the last step. What `Resumed` says has happened. Raises LedgerError when the ledger or the data
+        are missing or damaged, IllegalTransition when the ledger cannot go back to `step`.
+        """
+        clock = clock or SystemClock()
+        table = rebuild(schema, ledger)
+        events = table.resume(table.learner.n if step is None else step)
+        store = cls._open(table, Journal(ledger), data, clock)
+        # Before any lease could run out: that nobody renewed it is not the fault of its rows.
+        store.broker.perform(events)
+        return store
+
+    @classmethod
+    def _open(cls, table: Table, journal: Journal, folder: Path | None, clock: Clock) -> Self:
+        if folder is None:
+            memory = MemoryFrames()
+            account = Account(memory)
+            memory.allocate = account.allocate
+            return cls(Broker(table, journal, account, memory, volatile=True, clock=clock), memory)
+        shelf = SegmentFolder(folder)
+        broker = Broker(table, journal, Account(shelf, table.frames(), after=table.last_frame), shelf, clock=clock)
+        try:
+            data = FileFrames(folder, broker.allocate)
+            shelf.on_removed = data.forget
+            return cls(broker, data)
+        except OSError as error:
+            raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
+
+    @property
+    def on_committed(self) -> OnCommitted | None:
+        return self._on_committed
+
+    @on_committed.setter
+    def on_committed(self, call: OnCommitted) -> None:
+        self._on_committed = call
+        self.broker.on_committed = lambda event, places: call(event, partial(self._samples, event, places))
+
+    def _samples(self, event: Committed, places: Callable[[Sequence[str]], tuple[Place, ...]]) -> pa.RecordBatch:
+        """All that is known of the samples of a step."""
+        ids, names = np.array(event.trained + event.skipped, np.int64), self.schema.written
+        columns = self._gather(names, places(names))
+        arrays = [pa.array(ids), pa.array(ids // self._group_size), *columns.columns]
+        return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
+
+    def sync(self) -> int:
+        """As `Broker.sync`."""
+        return self.broker.sync()

@@ -1,0 +1,237 @@
+"""What clients and a broker say to each other: msgpack, one typed message for each call of `Control`.
+
+    request   {field: value, …} as below                    answer   {"value": …}
+
+Arrays travel as msgpack extension 8 (int64) or 4 (int32): the numbers, little-endian. A refusal is a Flight error whose extra info is the JSON of a `Refusal`. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from asyncflow import errors
+from asyncflow.errors import DamagedData, LeaseLost, StoreError
+from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.events import PutId, Samples
+from asyncflow.types import PolicyVersion
+
+PROTOCOL = 1
+ARRAYS = {8: np.dtype("<i8"), 4: np.dtype("<i4")}
+MAX_TIMEOUT = 60.0
+"""Seconds for which one call may wait; whoever waits longer calls again."""
+
+assert sys.byteorder == "little", "arrays go over the wire as they are in memory"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all requests."""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """What is there?"""
+
+    protocol: int = PROTOCOL
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to `Hello`."""
+
+    protocol: int
+    schema: dict[str, Any]
+    """`Schema.to_dict`."""
+    group_size: int
+    folder: str | None
+    """Of the segments; None: they are in the server's memory."""
+    host: str
+    """What the file `host` in this folder holds, for who sees the same one."""
+    durability: str
+
+
+class Allocate(Message, frozen=True, kw_only=True):
+    pass
+
+
+class Room(Message, frozen=True, kw_only=True):
+    groups: int
+    timeout: float
+
+
+class Admit(Message, frozen=True, kw_only=True):
+    prompt_tokens: list[int]
+    frame: int
+    size: int
+    samples: Samples | None = None
+    put: PutId | None = None
+    timeout: float
+
+
+class LeaseRows(Message, frozen=True, kw_only=True):
+    stage: str
+    worker: str
+    max_rows: int
+    max_tokens: int | None = None
+    ttl: float
+    timeout: float
+
+
+class Renew(Message, frozen=True, kw_only=True):
+    lease_id: int
+    ttl: float
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    lease_id: int
+    sample_ids: list[int]
+    columns: int
+    frame: int
+    size: int
+    tokens: list[int] = []
+    oldest: list[int | None] = []
+    newest: list[int | None] = []
+
+
+class Nack(Message, frozen=True, kw_only=True):
+    lease_id: int
+    sample_ids: list[int]
+    reason: str
+    final: bool = False
+
+
+class Gone(Message, frozen=True, kw_only=True):
+    worker: str
+
+
+class Commit(Message, frozen=True, kw_only=True):
+    leases: list[int]
+    trained: list[int]
+    skipped: list[int]
+    version: PolicyVersion
+
+
+class Drop(Message, frozen=True, kw_only=True):
+    sample_ids: list[int]
+    reason: str
+
+
+class Serve(Message, frozen=True, kw_only=True):
+    engine: str
+    version: PolicyVersion | None = None
+
+
+class Amend(Message, frozen=True, kw_only=True):
+    max_staleness: int | None = None
+    last_version: int | None = None
+
+
+class MarkCheckpoint(Message, frozen=True, kw_only=True):
+    version: PolicyVersion
+    oldest: PolicyVersion
+
+
+class Held(Message, frozen=True, kw_only=True):
+    lease_id: int
+
+
+class ColumnsOf(Message, frozen=True, kw_only=True):
+    sample_ids: list[int]
+
+
+class Places(Message, frozen=True, kw_only=True):
+    sample_ids: list[int]
+    columns: list[str]
+
+
+class WaitedFor(Message, frozen=True, kw_only=True):
+    pass
+
+
+class Awaited(Message, frozen=True, kw_only=True):
+    topic: str
+
+
+class Count(Message, frozen=True, kw_only=True):
+    pass
+
+
+CALLS: dict[str, tuple[type[Message], Any]] = {
+    "hello": (Hello, Welcome),
+    "allocate": (Allocate, int),
+    "room": (Room, bool),
+    "admit": (Admit, int | None),
+    "lease": (LeaseRows, Grant | None),
+    "renew": (Renew, None),
+    "ack": (Ack, None),
+    "nack": (Nack, None),
+    "gone": (Gone, None),
+    "commit": (Commit, None),
+    "drop": (Drop, None),
+    "serve": (Serve, None),
+    "amend": (Amend, None),
+    "checkpointed": (MarkCheckpoint, None),
+    "held": (Held, np.ndarray),
+    "columns_of": (ColumnsOf, tuple[str, ...]),
+    "places": (Places, tuple[Place, ...]),
+    "waited_for": (WaitedFor, tuple[Waited, ...]),
+    "awaited": (Awaited, str),
+    "counts": (Count, Counts),
+}
+"""Name of a Flight action → its request and the type of its answer."""
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """An error of the store, so that a client raises the same one."""
+
+    error: str
+    message: str
+    rows: tuple[int, ...] = ()
+    frame: int = -1
+
+    @classmethod
+    def of(cls, error: StoreError) -> Refusal:
+        rows = error.rows if isinstance(error, LeaseLost) else ()
+        frame = error.frame if isinstance(error, DamagedData) else -1
+        return cls(error=type(error).__name__, message=str(error), rows=rows, frame=frame)
+
+    def as_error(self) -> StoreError:
+        kind = getattr(errors, self.error, StoreError)
+        if not (isinstance(kind, type) and issubclass(kind, StoreError)):
+            kind = StoreError
+        if kind is LeaseLost:
+            return LeaseLost(self.message, rows=self.rows)
+        if kind is DamagedData:
+            return DamagedData(self.message, frame=self.frame)
+        return kind(self.message)
+
+
+def _encode_array(value: Any) -> msgspec.msgpack.Ext:
+    if isinstance(value, np.ndarray) and value.dtype in ARRAYS.values():
+        return msgspec.msgpack.Ext(value.dtype.itemsize, value.tobytes())
+    raise NotImplementedError(f"a {type(value).__name__} does not go over the wire")
+
+
+def _decode_array(code: int, data: memoryview) -> np.ndarray:
+    if code not in ARRAYS or len(data) % code:
+        raise ValueError("an array of a type that there is not")
+    return np.frombuffer(data, ARRAYS[code])
+
+
+def _check_array(kind: type, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"expected an array, got {type(value).__name__}")
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_encode_array).encode
+
+
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Reads messages of one type. What it decodes is checked; it raises msgspec.MsgspecError or ValueError."""
+    return msgspec.msgpack.Decoder(kind, ext_hook=_decode_array, dec_hook=_check_array)
+
+
+REQUESTS = {name: decoder(request) for name, (request, _) in CALLS.items()}
+ANSWERS = {name: decoder(answer) for name, (_, answer) in CALLS.items()}
