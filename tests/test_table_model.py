@@ -1089,10 +1089,10 @@ class BelievesTheImpossible(Table):
 class ReusesIds(Table):
     """Fills the gaps that ended samples left."""
 
-    def admit(self, prompt_tokens: Sequence[int], *, frame: int) -> list[Event] | None:
+    def admit(self, prompt_tokens: Sequence[int], **values: Any) -> list[Event] | None:
         if not self.groups.count:
             self.next_sample = self.next_group = 0
-        return super().admit(prompt_tokens, frame=frame)
+        return super().admit(prompt_tokens, **values)
 
 
 class KeepsExpiredLeases(Table):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -20,8 +20,8 @@ from asyncflow.errors import Closed, DamagedData, IllegalTransition, LedgerError
 from asyncflow.store.client import Counts, Lease, Waited
 from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
-from asyncflow.store.rows import Ids
-from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
+from asyncflow.store.rows import NONE, Ids
+from asyncflow.store.schema import Schema
 from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
@@ -83,7 +83,7 @@ class Store:
     # -- StoreClient ---------------------------------------------------------------------------------------------------
 
     def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
-        prompts = _conform(prompts, PROMPT_COLUMNS)
+        prompts = _conform(self._schema, prompts, self._schema.prompt_columns)
         tokens = _lengths(prompts.column("prompt_ids"))
         if not tokens:
             return ()
@@ -122,20 +122,23 @@ class Store:
         with self._operation() as now:
             self._perform(self.table.renew(lease_id, deadline=now + ttl))
 
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
-        columns = _conform(columns, tuple(dict.fromkeys(columns.schema.names)))
-        if len(columns) != len(sample_ids):
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch | None = None) -> None:
+        if columns is None:
+            columns = pa.RecordBatch.from_arrays([], names=[])
+        columns = _conform(self._schema, columns, tuple(dict.fromkeys(columns.schema.names)))
+        if columns.num_columns and len(columns) != len(sample_ids):
             raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
         if not sample_ids:
             return
-        _same_lengths(columns)
+        _same_lengths(columns, self._schema.token_columns)
         tokens: Sequence[int] = ()
         oldest: Sequence[int | None] = ()
         newest: Sequence[int | None] = ()
         if "token_versions" in columns.schema.names:
             tokens = _lengths(columns.column("response_ids"))
             oldest, newest = _version_span(columns.column("token_versions"))
-        with self._operation(), self._frame(columns, rows=len(sample_ids)) as frame:
+        data = self._frame(columns, rows=len(sample_ids)) if columns.num_columns else nullcontext(NONE)
+        with self._operation(), data as frame:
             self._perform(
                 self.table.ack(
                     lease_id,
@@ -328,6 +331,8 @@ class Store:
         return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
 
     def _gather(self, ids: Ids, columns: Sequence[str]) -> list[pa.Array]:
+        if not len(ids):
+            return [pa.array([], self._schema.columns[column]) for column in columns]
         return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
 
 
@@ -349,10 +354,10 @@ def rebuild(schema: Schema, ledger: Path) -> Table:
     return table
 
 
-def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
+def _conform(schema: Schema, batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
     """The batch with exactly these columns in their types. Raises StoreError naming what does not fit."""
     missing = [name for name in columns if name not in batch.schema.names]
-    unknown = [name for name in batch.schema.names if name not in COLUMNS or name not in columns]
+    unknown = [name for name in batch.schema.names if name not in schema.columns or name not in columns]
     twice = sorted({name for name in batch.schema.names if batch.schema.names.count(name) > 1})
     if missing or unknown or twice:
         wrong = {"missing": missing, "not expected": unknown, "there twice": twice}
@@ -361,11 +366,11 @@ def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
     arrays = []
     for name in columns:
         array = batch.column(name)
-        if array.type != COLUMNS[name]:
+        if array.type != schema.columns[name]:
             try:
-                array = array.cast(COLUMNS[name])
+                array = array.cast(schema.columns[name])
             except pa.ArrowException as error:
-                raise StoreError(f"column {name} must be {COLUMNS[name]}, not {array.type}: {error}") from None
+                raise StoreError(f"column {name} must be {schema.columns[name]}, not {array.type}: {error}") from None
         empty = array.null_count or (array.flatten().null_count if pa.types.is_list(array.type) else 0)
         if empty:
             raise StoreError(f"column {name} has {empty} empty values: every sample and token needs one")
@@ -377,9 +382,9 @@ def _lengths(lists: pa.ListArray) -> list[int]:
     return [int(n) for n in np.diff(lists.offsets.to_numpy())]
 
 
-def _same_lengths(batch: pa.RecordBatch) -> None:
+def _same_lengths(batch: pa.RecordBatch, token_columns: Sequence[str]) -> None:
     """Columns with a value for each response token must agree on how many there are."""
-    lengths = {name: _lengths(batch.column(name)) for name in TOKEN_COLUMNS if name in batch.schema.names}
+    lengths = {name: _lengths(batch.column(name)) for name in token_columns if name in batch.schema.names}
     for name, found in lengths.items():
         first = next(iter(lengths))
         if found != lengths[first]:

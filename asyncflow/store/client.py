@@ -116,8 +116,10 @@ class StoreClient(Protocol):
     def renew(self, lease_id: int, *, ttl: float) -> None:
         """Move the deadline to `ttl` seconds from now. Raises LeaseLost."""
 
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch | None = None) -> None:
         """Append all of the stage's columns to some rows of a lease, and give these back. All of it happens or nothing.
+
+        A stage that writes no columns says in this way that it has seen the rows.
 
         Raises StoreError for columns that do not fit, LeaseLost naming the rows that are not in the lease any more.
         """

@@ -37,7 +37,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from asyncflow.errors import DamagedData, LedgerError
-from asyncflow.store.schema import COLUMNS
 
 FORMAT: Final = 2
 MAGIC: Final = b"AFRM"
@@ -394,16 +393,16 @@ class Segments(ABC):
         """Raises DamagedData."""
 
     def gather(self, column: str, frames: NDArray[np.int64], offsets: NDArray[np.int32]) -> pa.Array:
-        """One array with the value at each place (frame, row of the frame). Raises DamagedData."""
+        """One array with the value at each place (frame, row of the frame), at least one. Raises DamagedData."""
         pieces = []
-        ends = [*(np.flatnonzero(np.diff(frames)) + 1).tolist(), len(frames)] if len(frames) else []
+        ends = [*(np.flatnonzero(np.diff(frames)) + 1).tolist(), len(frames)]
         for begin, end in zip([0, *ends], ends, strict=False):
             values, rows = self.batch(int(frames[begin])).column(column), offsets[begin:end]
             if (np.diff(rows) == 1).all():
                 pieces.append(values.slice(int(rows[0]), len(rows)))
             else:
                 pieces.append(values.take(pa.array(rows)))
-        return pa.concat_arrays(pieces) if pieces else pa.array([], COLUMNS[column])
+        return pa.concat_arrays(pieces)
 
     def unsynced(self) -> list[Path]:
         """What was written to since the last call: who syncs these makes their frames survive a power cut."""
