@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from asyncflow.errors import IllegalTransition, LeaseLost, LedgerError, StalenessViolation, StoreError
+from asyncflow.errors import ConfigError, IllegalTransition, LeaseLost, LedgerError, StalenessViolation, StoreError
 from asyncflow.store.events import Acked, Committed, Dropped, Event, Leased, Opened, Quarantined, Returned, from_json
 from asyncflow.store.lifecycle import State
+from asyncflow.store.rows import NONE
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
 from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, SKIPPED, Table
 from asyncflow.types import PolicyVersion
@@ -935,3 +938,126 @@ def test_no_step_is_made_after_the_last_one_though_there_are_samples_for_it() ->
 def test_only_events_can_be_applied() -> None:
     with pytest.raises(TypeError):
         Bench().table.apply(Event())
+
+
+# -- stages that write nothing, and that see a sample several times ----------------------------------------------------
+
+LOOK = Stage(name="look", role="score", needs=("response",))
+TWICE = Stage(name="twice", role="score", needs=("response",), max_times_leased=2)
+
+
+def see(bench: Bench, lease: Leased, rows: Sequence[int] | None = None) -> None:
+    bench.do(bench.table.ack(lease.lease_id, lease.rows if rows is None else rows, columns=0, frame=NONE))
+
+
+def test_a_stage_that_writes_nothing_has_each_sample_once_and_holds_nobody_up() -> None:
+    other = Stage(name="other", role="score", needs=("response",))
+    bench = Bench(stages=(*STAGES[:2], LOOK, other, STAGES[2]))
+    bench.admit(2)
+    bench.ack(bench.take("rollout"))
+
+    see(bench, bench.take("look"), rows=(0, 1, 2))
+    assert bench.lease("look") is None  # one is out on lease, three were seen
+    assert bench.take("other").rows == (0, 1, 2, 3)  # each such stage remembers for itself
+    bench.ack(bench.take("reward"))
+    bench.step()
+
+    assert bench.table.ended["trained"] == 4
+    assert not bench.table.leases
+
+
+def test_the_ack_of_a_stage_that_writes_nothing_brings_nothing() -> None:
+    bench = Bench(stages=(*STAGES[:2], LOOK, STAGES[2]))
+    bench.admit()
+    bench.ack(bench.take("rollout"))
+    lease = bench.take("look")
+
+    with pytest.raises(StoreError, match="look writes no columns; its ack brings reward"):
+        bench.table.ack(lease.lease_id, lease.rows, columns=bench.table.schema.mask(["reward"]), frame=4)
+    frames = bench.table.frames()
+    see(bench, lease)
+
+    assert bench.table.frames() == frames
+
+
+def test_a_stage_may_consume_a_sample_several_times_and_begins_again_when_it_has_seen_all() -> None:
+    bench = Bench(stages=(*STAGES[:2], TWICE, STAGES[2]))
+    bench.admit(2)
+    bench.ack(bench.take("rollout"))
+
+    seen = []
+    while (lease := bench.lease("twice", 3)) is not None:
+        seen.append(lease.rows)
+        see(bench, lease)
+
+    assert seen == [(0, 1, 2), (3, 0, 1), (2, 3)]
+
+
+def test_an_attempt_that_fails_is_no_time_and_those_before_an_ack_do_not_count() -> None:
+    bench = Bench(stages=(*STAGES[:2], TWICE, STAGES[2]), max_attempts=2)
+    bench.admit()
+    bench.ack(bench.take("rollout"))
+
+    for _ in range(2):
+        bench.nack(bench.take("twice"))
+        see(bench, bench.take("twice"))
+
+    assert bench.lease("twice") is None
+    assert bench.table.ended["quarantined"] == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ({"max_times_leased": 0}, "at least 1"),
+        ({"max_times_leased": 2, "writes": ("reward_parts",)}, "writes no columns"),
+    ],
+)
+def test_how_often_a_stage_may_have_a_sample_is_checked(stage: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Schema([*STAGES, Stage(name="odd", role="score", needs=("response",), **stage)])
+
+
+# -- columns of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_a_schema_has_columns_of_its_own() -> None:
+    columns = {"question": pa.string(), "tokens": pa.list_(pa.int32()), "odds": pa.list_(pa.float32())}
+    stages = (
+        Stage(name="make", role="generate", needs=("question",), writes=("tokens", "odds")),
+        Stage(name="look", role="score", needs=("tokens",)),
+        Stage(name="train", role="train", needs=("tokens",)),
+    )
+
+    schema = Schema(stages, columns=columns, prompt_columns=("question",), token_columns=("tokens", "odds"))
+
+    assert schema.prompt_columns == ("question",)
+    assert schema.token_columns == ("tokens", "odds")
+    assert schema.columns["odds"] == pa.list_(pa.float32())
+    assert schema.written == ("question", "tokens", "odds")
+    assert schema.names(schema.writes["look"]) == []
+    for wrong in ({"token_columns": ("question",)}, {"token_columns": ("reward",)}, {"prompt_columns": ("prompt",)}):
+        with pytest.raises(ConfigError):
+            Schema(stages, **{"columns": columns, "prompt_columns": ("question",)} | wrong)  # type: ignore[arg-type]
+
+
+def test_a_schema_has_as_many_columns_as_a_bit_set_holds() -> None:
+    def schema(columns: int) -> Schema:
+        names = [f"c{i}" for i in range(columns)]
+        stages = (
+            Stage(name="make", role="generate", needs=("c0",), writes=tuple(names[1:])),
+            Stage(name="look", role="score", needs=("c1",)),
+            Stage(name="train", role="train", needs=("c1",)),
+        )
+        return Schema(stages, columns=dict.fromkeys(names, pa.int64()), prompt_columns=("c0",))
+
+    bench = Bench(n=1)
+    bench.table = Table(schema(61), bench.table.terms)
+    bench.serve(0)
+    bench.admit()
+    lease = bench.take("make")
+    bench.do(bench.table.ack(lease.lease_id, lease.rows, columns=bench.table.schema.writes["make"], frame=1))
+    see(bench, bench.take("look"))
+    assert bench.lease("look") is None
+    with pytest.raises(ConfigError, match="at most 62"):
+        schema(62)

@@ -38,12 +38,10 @@ from asyncflow.store.events import (
     Event,
     Leased,
     Opened,
-    PutId,
     Quarantined,
     Renewed,
     Resumed,
     Returned,
-    Samples,
     Served,
     from_json,
 )
@@ -1091,12 +1089,10 @@ class BelievesTheImpossible(Table):
 class ReusesIds(Table):
     """Fills the gaps that ended samples left."""
 
-    def admit(
-        self, prompt_tokens: Sequence[int], *, frame: int, samples: Samples | None = None, put: PutId | None = None
-    ) -> list[Event] | None:
+    def admit(self, prompt_tokens: Sequence[int], **values: Any) -> list[Event] | None:
         if not self.groups.count:
             self.next_sample = self.next_group = 0
-        return super().admit(prompt_tokens, frame=frame, samples=samples, put=put)
+        return super().admit(prompt_tokens, **values)
 
 
 class KeepsExpiredLeases(Table):

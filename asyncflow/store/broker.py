@@ -110,6 +110,7 @@ class Broker:
         size: int,
         samples: Samples | None = None,
         put: PutId | None = None,
+        priorities: Sequence[int] = (),
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> int | None:
@@ -117,7 +118,7 @@ class Broker:
             for named in (frame, *(() if samples is None else (samples.frame,))):
                 self._check_frame(named)
             first = self.table.next_group
-            events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put)
+            events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
             if events == []:
                 return self.table.admitted_by(put) if put is not None else first
             if events is None or not self._has_room(len(prompt_tokens), size=size):
@@ -190,6 +191,10 @@ class Broker:
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         with self._operation():
             self._perform(self.table.drop(sample_ids, reason=reason))
+
+    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
+        with self._operation():
+            self._perform(self.table.prioritise(priority, samples=sample_ids))
 
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         with self._operation():

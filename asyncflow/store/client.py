@@ -156,6 +156,12 @@ class Management(Protocol):
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         """End rows without training them; their places in the step go to later ones."""
 
+    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
+        """Give open samples a priority, for stages that take the highest first. Those that have ended are left alone.
+
+        Raises StoreError for a number beyond 32 bits.
+        """
+
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         """Say that a rollout engine serves this version from now on (None: it is gone).
 
@@ -208,6 +214,7 @@ class Control(Management, Protocol):
         size: int,
         samples: Samples | None = None,
         put: PutId | None = None,
+        priorities: Sequence[int] = (),
         timeout: float,
     ) -> int | None:
         """Add one group for each prompt, as `StoreClient.admit`. Returns the first one's id.
@@ -260,15 +267,16 @@ class StoreClient(Management, Protocol):
         samples: pa.RecordBatch | None = None,
         *,
         put: PutId | None = None,
+        priorities: Sequence[int] = (),
         timeout: float,
     ) -> tuple[int, ...] | None:
         """Add one group for each row of `prompts` (the prompt columns), once the staleness bound leaves room.
 
         All of them or none. `samples` brings what somebody else has generated, n rows for each prompt in the same
         order: all columns of the stage that generates, and all or none of each further one. A `put` that is repeated
-        with the same id gives the same answer and changes nothing. Returns the group ids, or None when there was no
-        room within `timeout` seconds (`awaited` says for what). Raises StoreError for columns that do not fit, and for
-        more groups at once than the bound could ever hold.
+        with the same id gives the same answer and changes nothing. `priorities`: one for each group, or none. Returns
+        the group ids, or None when there was no room within `timeout` seconds (`awaited` says for what). Raises
+        StoreError for columns that do not fit, and for more groups at once than the bound could ever hold.
         """
 
     def lease(
@@ -280,8 +288,10 @@ class StoreClient(Management, Protocol):
         nothing was ready within `timeout` seconds. Raises StoreError for a stage that there is not.
         """
 
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch | None = None) -> None:
         """Append all of the stage's columns to some rows of a lease, and give these back. All of it happens or nothing.
+
+        A stage that writes no columns says in this way that it has seen the rows.
 
         Raises StoreError for columns that do not fit, LeaseLost naming the rows that are not in the lease any more.
         """

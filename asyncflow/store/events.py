@@ -106,7 +106,8 @@ class Renewed(Event, frozen=True, kw_only=True):
 
 
 class Acked(Event, frozen=True, kw_only=True):
-    """A stage's columns were appended to rows of a lease. Row i of the frame belongs to `rows[i]`."""
+    """A stage's columns were appended to rows of a lease. Row i of the frame belongs to `rows[i]`. A stage that writes
+    none has seen the rows: no columns, and −1 for a frame."""
 
     kind = "acked"
     lease_id: int
@@ -156,6 +157,14 @@ class Quarantined(Event, frozen=True, kw_only=True):
     reason: str
 
 
+class Prioritised(Event, frozen=True, kw_only=True):
+    """Rows have another priority from now on; those that were admitted without one have 0."""
+
+    kind = "prioritised"
+    rows: tuple[int, ...]
+    priority: int
+
+
 class Served(Event, frozen=True, kw_only=True):
     """A rollout engine serves a version from now on; None: it is gone."""
 
@@ -197,6 +206,7 @@ EVENTS: dict[str, type[Event]] = {
         Committed,
         Dropped,
         Quarantined,
+        Prioritised,
         Served,
         Checkpointed,
         Resumed,

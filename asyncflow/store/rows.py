@@ -136,10 +136,14 @@ class Rows:
     oldest: NDArray[np.int64]
     """Oldest and newest packed policy version among the response tokens, or NONE."""
     newest: NDArray[np.int64]
+    priority: NDArray[np.int32]
+    """The highest comes first where a stage's sampler says so."""
     lease: NDArray[np.int64]
     """Stage → lease that holds the row, or 0."""
     attempts: NDArray[np.int32]
-    """Stage → leases so far."""
+    """Stage → leases so far; those before its last ack do not count where it may have a row again."""
+    times: NDArray[np.int16]
+    """Stage → acks so far."""
     frame: NDArray[np.int64]
     """Where the data are: the frame that has the columns of this line, or NONE, and the row in it."""
     offset: NDArray[np.int32]
@@ -153,8 +157,10 @@ class Rows:
             "tokens": (np.int32, 0, ()),
             "oldest": (np.int64, NONE, ()),
             "newest": (np.int64, NONE, ()),
+            "priority": (np.int32, 0, ()),
             "lease": (np.int64, 0, (stages,)),
             "attempts": (np.int32, 0, (stages,)),
+            "times": (np.int16, 0, (stages,)),
             "frame": (np.int64, NONE, (stages + 1,)),
             "offset": (np.int32, 0, (stages + 1,)),
         }

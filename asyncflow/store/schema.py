@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from asyncflow.errors import ConfigError
 
 Role = Literal["generate", "score", "train"]
+Order = Literal["fifo", "freshest", "priority"]
 
 COLUMNS: dict[str, pa.DataType] = {
     # Written once for a group, when it is admitted.
@@ -29,11 +30,14 @@ COLUMNS: dict[str, pa.DataType] = {
     # Written by the reference stage, where there is a KL term.
     "ref_logprobs": pa.list_(pa.float32()),  # log π_ref
 }
-"""Every column there is, with its type."""
+"""The columns of a pipeline that names no others, with their types."""
 
 PROMPT_COLUMNS: tuple[str, ...] = ("prompt", "prompt_columns", "prompt_ids")
 TOKEN_COLUMNS: tuple[str, ...] = ("response_ids", "rollout_logprobs", "token_versions", "ref_logprobs")
 """Columns with one value for each response token."""
+
+MOST_BITS = 62
+"""Columns, and stages that write none, in one schema: their bits share an int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +49,55 @@ class Stage:
     """`generate` turns prompts into completions, `score` adds columns, `train` ends the sample."""
     needs: tuple[str, ...]
     writes: tuple[str, ...] = ()
+    """A stage that writes nothing acks without columns; the store remembers that it has seen the sample."""
+    sampler: Order = "fifo"
+    """What it gets first. `fifo`: in admission order. `freshest`: whose oldest token is of the newest version.
+    `priority`: the highest number given at admission or by `prioritise`. Ties go by admission. The training stage
+    chooses among the groups of its step."""
+    max_times_leased: int = 1
+    """How often it consumes (acks) a sample, for a stage that writes nothing; what it has consumed less often comes
+    first. Attempts that failed are another matter (`max_attempts`), and are counted for each time anew."""
 
 
 class Schema:
     """The columns of one run as bits, and its stages, checked to fit together.
 
-    Raises ConfigError when a stage needs a column that nobody writes, two stages write the same one, or there is not
-    exactly one stage that generates and one that trains.
+    Raises ConfigError when a stage needs a column that nobody writes, two stages write the same one, there is not
+    exactly one stage that generates and one that trains, or there are more columns than a bit set holds.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        columns: Mapping[str, pa.DataType] = COLUMNS,
+        prompt_columns: Sequence[str] = PROMPT_COLUMNS,
+        token_columns: Sequence[str] | None = None,
+    ) -> None:
+        """`prompt_columns` are written once for a group, when it is admitted. `token_columns` have one value for each
+        response token; None takes those of `TOKEN_COLUMNS` that there are."""
         self.stages: dict[str, Stage] = {stage.name: stage for stage in stages}
         if len(self.stages) != len(stages):
             raise ConfigError("two stages have the same name: give each its own")
-        self.columns = COLUMNS
-        self.prompt_columns = PROMPT_COLUMNS
-        self.token_columns = TOKEN_COLUMNS
-        self._bits = {name: 1 << index for index, name in enumerate(COLUMNS)}
-        self.prompt_mask = self.mask(PROMPT_COLUMNS)
+        self.columns: dict[str, pa.DataType] = dict(columns)
+        """Name → Arrow type."""
+        silent = [stage.name for stage in stages if not stage.writes and stage.role != "train"]
+        if (bits := len(self.columns) + len(silent)) > MOST_BITS:
+            raise ConfigError(f"{bits} columns and stages that write none are too many: at most {MOST_BITS} fit")
+        self._bits = {name: 1 << index for index, name in enumerate(self.columns)}
+        self.prompt_columns = tuple(prompt_columns)
+        self.prompt_mask = self.mask(self.prompt_columns)
+        there = tuple(name for name in TOKEN_COLUMNS if name in self.columns)
+        self.token_columns = there if token_columns is None else tuple(token_columns)
+        self.mask(self.token_columns)
         self.needs = {stage.name: self.mask(stage.needs) for stage in stages}
+        """Stage → bits that make a sample ready for it."""
         self.writes = {stage.name: self.mask(stage.writes) for stage in stages}
+        """Stage → bits that its ack sets; one that writes no columns has a bit of its own, behind those of columns."""
+        self.writes |= {name: 1 << len(self.columns) + place for place, name in enumerate(silent)}
         self.generate = self._only("generate")
         self.train = self._only("train")
-        self.written = (*PROMPT_COLUMNS, *(name for stage in stages for name in stage.writes))
+        self.written = (*self.prompt_columns, *(name for stage in stages for name in stage.writes))
         """Every column that a sample has in the end, in data order."""
         self._check()
 
@@ -76,12 +106,12 @@ class Schema:
         mask = 0
         for name in columns:
             if name not in self._bits:
-                raise ConfigError(f"there is no column {name!r}; the columns are {', '.join(COLUMNS)}")
+                raise ConfigError(f"there is no column {name!r}; the columns are {', '.join(self.columns)}")
             mask |= self._bits[name]
         return mask
 
     def names(self, mask: int) -> list[str]:
-        """Inverse of `mask`."""
+        """Inverse of `mask`; the bits of stages that write no columns have no name."""
         return [name for name, bit in self._bits.items() if mask & bit]
 
     def bit(self, column: str) -> int:
@@ -101,6 +131,18 @@ class Schema:
         return found[0]
 
     def _check(self) -> None:
+        for stage in self.stages.values():
+            if stage.max_times_leased < 1:
+                raise ConfigError(
+                    f"stage {stage.name}: max_times_leased must be at least 1, not {stage.max_times_leased}"
+                )
+            if stage.max_times_leased > 1 and (stage.writes or stage.role == "train"):
+                raise ConfigError(
+                    f"stage {stage.name} cannot have a sample {stage.max_times_leased} times: only a stage that writes "
+                    "no columns and does not train can, so leave max_times_leased at 1"
+                )
+        if not all(pa.types.is_list(self.columns[name]) for name in self.token_columns):
+            raise ConfigError("a column with one value for each response token must be a list: see token_columns")
         written = self.prompt_mask
         for stage in self.stages.values():
             if twice := self.names(written & self.writes[stage.name]):

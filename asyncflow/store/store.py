@@ -70,6 +70,9 @@ class Store:
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._control.drop(sample_ids, reason=reason)
 
+    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
+        self._control.prioritise(sample_ids, priority)
+
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         self._control.serve(engine, version)
 
@@ -100,6 +103,7 @@ class Store:
         samples: pa.RecordBatch | None = None,
         *,
         put: PutId | None = None,
+        priorities: Sequence[int] = (),
         timeout: float,
     ) -> tuple[int, ...] | None:
         prompts = conform(prompts, self.schema.columns, self.schema.prompt_columns)
@@ -116,14 +120,19 @@ class Store:
             if not self._control.room(groups, timeout=timeout):
                 return None
             self._waits.clear()
-        first = self._admit(prompts, samples, put, timeout)
+        first = self._admit(prompts, samples, put, priorities, timeout)
         if first is None:
             self._waits.set()
             return None
         return tuple(range(first, first + groups))
 
     def _admit(
-        self, prompts: pa.RecordBatch, samples: pa.RecordBatch | None, put: PutId | None, timeout: float
+        self,
+        prompts: pa.RecordBatch,
+        samples: pa.RecordBatch | None,
+        put: PutId | None,
+        priorities: Sequence[int],
+        timeout: float,
     ) -> int | None:
         frames = []
         try:
@@ -140,6 +149,7 @@ class Store:
                 size=prompts.nbytes + (0 if samples is None else samples.nbytes),
                 samples=None if samples is None else self._about(samples, frames[-1]),
                 put=put,
+                priorities=priorities,
                 timeout=timeout,
             )
         finally:
@@ -162,8 +172,8 @@ class Store:
             if (lease := self._deliver(grant)) is not None:
                 return lease
 
-    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
-        columns = self._conform(columns)
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch | None = None) -> None:
+        columns = self._conform(pa.RecordBatch.from_arrays([], names=[]) if columns is None else columns)
         if columns.num_columns and len(columns) != len(sample_ids):
             raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
         if not len(sample_ids):
@@ -234,6 +244,9 @@ class Store:
     def _gather(self, columns: Sequence[str], places: Sequence[Place]) -> pa.RecordBatch:
         found: dict[str, pa.Array] = {}
         for place in places:
+            if not len(place.frames):
+                found |= {name: pa.array([], self.schema.columns[name]) for name in place.columns}
+                continue
             types = {name: self.schema.columns[name] for name in place.columns}
             found |= dict(zip(place.columns, self._data.read(types, place.frames, place.offsets), strict=True))
         return pa.RecordBatch.from_arrays([found[name] for name in columns], names=list(columns))

@@ -35,6 +35,7 @@ from asyncflow.store.events import (
     Event,
     Leased,
     Opened,
+    Prioritised,
     PutId,
     Quarantined,
     Renewed,
@@ -45,12 +46,15 @@ from asyncflow.store.events import (
 )
 from asyncflow.store.lifecycle import OPEN_STATES, STATES, Move, State, next_states
 from asyncflow.store.rows import NONE, Flags, Ids, Marks, Row, Rows
+from asyncflow.store.samplers import NUMBER, group_order, line_for
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.types import PolicyVersion
 
 LATE = "late"
 SHORT_GROUP = "short_group"
 SKIPPED = "zero_variance_skipped"
+
+MOST_PRIORITY = (1 << 31) - 1
 
 ADMISSION = "admission"
 """Topic of those who wait for room; stages wait under their own names."""
@@ -68,8 +72,6 @@ as may be open, or their data are as large as they may be."""
 
 REWARDED = STATES.index(State.REWARDED)
 GENERATED = STATES.index(State.GENERATED)
-NUMBER = (1 << 32) - 1
-"""The bits of a packed policy version that count publications."""
 
 
 @dataclass(slots=True)
@@ -136,9 +138,13 @@ class Table:
         self.consumed: dict[int, Consumed] = {}
         """Version number of a step → its rows, as long as they can be taken back."""
         self._counts = np.zeros(len(STATES), np.int64)
-        self._ready = {stage: Marks() for stage in schema.stages if stage != schema.train.name}
         self._line = {stage: line for line, stage in enumerate(schema.stages)}
         """Stage → its place in the arrays of `rows`."""
+        self._ready = {
+            stage.name: line_for(stage, self._line[stage.name], self.rows)
+            for stage in schema.stages.values()
+            if stage.role != "train"
+        }
         self._deadlines: list[tuple[float, int]] = []
 
     # -- what is the case ----------------------------------------------------------------------------------------------
@@ -335,8 +341,10 @@ class Table:
         frame: int,
         samples: Samples | None = None,
         put: PutId | None = None,
+        priorities: Sequence[int] = (),
     ) -> list[Event] | None:
-        """Admit one group for each prompt, or None while there is no room for all of them.
+        """Admit one group for each prompt, or None while there is no room for all of them. `priorities`: one for each
+        group, or none at all.
 
         `samples`: what somebody else has generated and perhaps scored already. Nothing happens (no events) for a put
         that has happened already. Raises StoreError for more groups than there could ever be room for, for columns
@@ -359,7 +367,18 @@ class Table:
                 frame=frame,
                 samples=samples,
                 put=put,
-            )
+            ),
+            *self._priorities_of_new(priorities, len(prompt_tokens)),
+        ]
+
+    def _priorities_of_new(self, priorities: Sequence[int], groups: int) -> list[Event]:
+        if len(priorities) not in (0, groups):
+            raise StoreError(f"{groups} groups are admitted with {len(priorities)} priorities: give each group one")
+        given = np.array(priorities, np.int64)
+        members = self._members(np.arange(self.next_group, self.next_group + len(given)))
+        return [
+            Prioritised(rows=tuple(members[given == priority].ravel().tolist()), priority=_checked(priority))
+            for priority in np.unique(given[given != 0]).tolist()
         ]
 
     def _has_happened(self, put: PutId, groups: int) -> bool:
@@ -424,9 +443,10 @@ class Table:
         return events
 
     def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> list[int]:
-        chosen = self._ready[stage].first(max_rows)
+        before = None
         if stage == self.schema.generate.name and (last := self._last_group_to_generate()) is not None:
-            chosen = chosen[chosen // self.group_size <= last]
+            before = (last + 1) * self.group_size
+        chosen = self._ready[stage].first(max_rows, before=before)
         if max_tokens is not None and len(chosen):
             total = self.rows.tokens[chosen - self.rows.base].cumsum()
             chosen = chosen[: max(1, int(np.searchsorted(total, max_tokens, side="right")))]
@@ -467,6 +487,9 @@ class Table:
         waits[waits] = self.rows.state[rows[waits] - self.rows.base] != REWARDED
         ready = ~(window.short | self.taken.has(window.groups) | waits.any(axis=1))
         rows, rest = rows[ready], window.rest[ready]
+        if self.schema.train.sampler != "fifo":
+            order = group_order(self.schema.train, self.rows, rows, rest)
+            rows, rest = rows[order], rest[order]
         tokens = np.where(rest, self.rows.tokens[np.where(rest, rows - self.rows.base, 0)], 0)
         fits = rest.sum(axis=1).cumsum() <= max_rows
         if max_tokens is not None:
@@ -496,7 +519,8 @@ class Table:
         oldest: Sequence[int | None] = (),
         newest: Sequence[int | None] = (),
     ) -> list[Event]:
-        """Append a stage's columns to rows of a lease, all of its columns at once.
+        """Append a stage's columns to rows of a lease, all of its columns at once; a stage that writes none has no
+        `columns` and NONE for a frame, and has seen the rows.
 
         Raises LeaseLost naming the rows that are not in the lease any more, StoreError for other columns than the stage
         writes, IllegalTransition for the training stage, which ends its rows by a commit.
@@ -504,9 +528,9 @@ class Table:
         stage = self.schema.stages[self._holds(lease_id, rows).stage]
         if stage.role == "train":
             raise IllegalTransition(f"stage {stage.name} ends its samples with a commit, not with an ack")
-        if columns != self.schema.writes[stage.name]:
+        if columns != self.schema.mask(stage.writes):
             raise StoreError(
-                f"stage {stage.name} writes {', '.join(stage.writes)}; "
+                f"stage {stage.name} writes {', '.join(stage.writes) or 'no columns'}; "
                 f"its ack brings {', '.join(self.schema.names(columns)) or 'nothing'}"
             )
         return [
@@ -586,6 +610,15 @@ class Table:
         named = np.array(list(dict.fromkeys(rows)), np.int64)
         there = tuple(named[self.rows.is_open(named)].tolist())
         return [Dropped(rows=there, reason=reason), *self._short_groups(there)] if there else []
+
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> list[Event]:
+        """Give samples, and all samples of groups, a priority; those that have ended are left alone.
+
+        Raises StoreError for a number that is not one of 32 bits.
+        """
+        named = np.union1d(np.array(samples, np.int64), self._members(np.array(groups, np.int64)).ravel())
+        there = tuple(named[self.rows.is_open(named)].tolist())
+        return [Prioritised(rows=there, priority=_checked(priority))] if there else []
 
     def serve(self, engine: str, version: PolicyVersion | None) -> list[Event]:
         """Take an engine's word for what it serves, unless it cannot be true. Raises IllegalTransition.
@@ -835,9 +868,14 @@ class Table:
     def _apply_acked(self, event: Acked) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
         ids = np.array(event.rows, np.int64)
-        index, line = ids - self.rows.base, self._line[stage.name] + 1
+        index, line, rows = ids - self.rows.base, self._line[stage.name], self.rows
         self._release(event.lease_id, ids)
-        self.rows.frame[line, index], self.rows.offset[line, index] = event.frame, np.arange(len(ids))
+        rows.times[line, index] += 1
+        over = rows.times[line, index] >= stage.max_times_leased
+        rows.columns[index[over]] |= self.schema.writes[stage.name]
+        rows.attempts[line, index[~over]] = 0  # what failed before it was consumed this time is forgiven
+        if event.frame != NONE:
+            rows.frame[line + 1, index], rows.offset[line + 1, index] = event.frame, np.arange(len(ids))
         self.last_frame = max(self.last_frame, event.frame)
         if stage.role == "generate":
             self._move(ids, Move.GENERATE)
@@ -885,6 +923,12 @@ class Table:
     def _after_end(self) -> set[str]:
         """A row that ended makes room, may complete its group, and may let a later group into the step."""
         return {ADMISSION, self.schema.generate.name, self.schema.train.name}
+
+    def _apply_prioritised(self, event: Prioritised) -> set[str]:
+        ids = np.array(event.rows, np.int64)
+        self.rows.priority[ids - self.rows.base] = event.priority
+        self._enqueue(ids)
+        return set()
 
     def _apply_served(self, event: Served) -> set[str]:
         if event.version is None:
@@ -942,7 +986,7 @@ class Table:
         index, rows = ids - self.rows.base, self.rows
         rows.columns[index], rows.tokens[index] = self.schema.prompt_mask, rows.prompt_tokens[index]
         rows.oldest[index] = rows.newest[index] = NONE
-        rows.attempts[:, index] = 0
+        rows.attempts[:, index] = rows.times[:, index] = 0
         rows.frame[1:, index] = NONE
 
     def _move(self, ids: Ids, move: Move) -> None:
@@ -995,8 +1039,7 @@ class Table:
         index = ids - self.rows.base
         needs, writes, columns = self.schema.needs[stage], self.schema.writes[stage], self.rows.columns[index]
         ready: Flags = (columns & needs == needs) & (self.rows.lease[self._line[stage], index] == 0)
-        if writes:
-            ready &= columns & writes != writes
+        ready &= columns & writes != writes
         return ready & (self.rows.state[index] < len(OPEN_STATES))
 
     def _groups_of(self, ids: Ids) -> Ids:
@@ -1050,6 +1093,12 @@ class Table:
         }
 
 
+def _checked(priority: int) -> int:
+    if not -MOST_PRIORITY <= priority <= MOST_PRIORITY:
+        raise StoreError(f"a priority is a whole number between ±{MOST_PRIORITY}, not {priority}")
+    return priority
+
+
 def _named(sample_ids: Sequence[int]) -> str:
     """Samples for a message; of many only the first."""
     return f"sample {', '.join(map(str, sample_ids[:4]))}{' and others' if len(sample_ids) > 4 else ''}"
@@ -1064,6 +1113,7 @@ _HANDLERS: dict[type[Event], Callable[[Table, Any], set[str]]] = {
     Committed: Table._apply_committed,
     Dropped: Table._apply_dropped,
     Quarantined: Table._apply_quarantined,
+    Prioritised: Table._apply_prioritised,
     Served: Table._apply_served,
     Amended: Table._apply_amended,
     Checkpointed: Table._apply_checkpointed,

@@ -2,7 +2,8 @@
 
     request   {field: value, …} as below                    answer   {"value": …}
 
-Arrays travel as msgpack extension 8 (int64) or 4 (int32): the numbers, little-endian. A refusal is a Flight error whose extra info is the JSON of a `Refusal`. Nothing is ever pickled.
+Arrays travel as msgpack extension 8 (int64) or 4 (int32): the numbers, little-endian. A refusal is a Flight error whose
+extra info is the JSON of a `Refusal`. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncflow import errors
 from asyncflow.errors import DamagedData, LeaseLost, StoreError
@@ -20,7 +22,7 @@ from asyncflow.store.events import PutId, Samples
 from asyncflow.types import PolicyVersion
 
 PROTOCOL = 1
-ARRAYS = {8: np.dtype("<i8"), 4: np.dtype("<i4")}
+ARRAYS: dict[int, np.dtype[Any]] = {8: np.dtype("<i8"), 4: np.dtype("<i4")}
 MAX_TIMEOUT = 60.0
 """Seconds for which one call may wait; whoever waits longer calls again."""
 
@@ -66,6 +68,7 @@ class Admit(Message, frozen=True, kw_only=True):
     size: int
     samples: Samples | None = None
     put: PutId | None = None
+    priorities: list[int] = []
     timeout: float
 
 
@@ -115,6 +118,11 @@ class Commit(Message, frozen=True, kw_only=True):
 class Drop(Message, frozen=True, kw_only=True):
     sample_ids: list[int]
     reason: str
+
+
+class Prioritise(Message, frozen=True, kw_only=True):
+    sample_ids: list[int]
+    priority: int
 
 
 class Serve(Message, frozen=True, kw_only=True):
@@ -169,6 +177,7 @@ CALLS: dict[str, tuple[type[Message], Any]] = {
     "gone": (Gone, None),
     "commit": (Commit, None),
     "drop": (Drop, None),
+    "prioritise": (Prioritise, None),
     "serve": (Serve, None),
     "amend": (Amend, None),
     "checkpointed": (MarkCheckpoint, None),
@@ -197,14 +206,15 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         return cls(error=type(error).__name__, message=str(error), rows=rows, frame=frame)
 
     def as_error(self) -> StoreError:
-        kind = getattr(errors, self.error, StoreError)
-        if not (isinstance(kind, type) and issubclass(kind, StoreError)):
-            kind = StoreError
-        if kind is LeaseLost:
-            return LeaseLost(self.message, rows=self.rows)
-        if kind is DamagedData:
-            return DamagedData(self.message, frame=self.frame)
-        return kind(self.message)
+        match kind := getattr(errors, self.error, None):
+            case errors.LeaseLost:
+                return LeaseLost(self.message, rows=self.rows)
+            case errors.DamagedData:
+                return DamagedData(self.message, frame=self.frame)
+            case type() if issubclass(kind, StoreError):
+                return kind(self.message)
+            case _:
+                return StoreError(self.message)
 
 
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
@@ -213,10 +223,11 @@ def _encode_array(value: Any) -> msgspec.msgpack.Ext:
     raise NotImplementedError(f"a {type(value).__name__} does not go over the wire")
 
 
-def _decode_array(code: int, data: memoryview) -> np.ndarray:
+def _decode_array(code: int, data: memoryview) -> NDArray[Any]:
     if code not in ARRAYS or len(data) % code:
         raise ValueError("an array of a type that there is not")
-    return np.frombuffer(data, ARRAYS[code])
+    array: NDArray[Any] = np.frombuffer(data, ARRAYS[code])
+    return array
 
 
 def _check_array(kind: type, value: Any) -> Any:
