@@ -14,7 +14,9 @@ AsyncFlowError
 │   ├── LeaseLost           the lease expired or was taken back: its rows belong to somebody else now
 │   ├── IllegalTransition   a move that the life of a sample does not allow
 │   ├── StalenessViolation  a commit with a row older than `max_staleness`
-│   └── LedgerError         a ledger that is missing, newer than this program, not consistent, or cannot be written
+│   ├── LedgerError         a ledger that is missing, newer than this program, not consistent, or cannot be written
+│   ├── DamagedData         bytes of a sample that are not what was written
+│   └── Unreachable         a store that does not answer
 ├── EngineError             an engine failed or does not do what it declared
 │   ├── WeightsError        weights that are missing, torn, or not the ones that were asked for
 │   └── PromptTooLong       a prompt that does not fit into the model's context
@@ -97,6 +99,10 @@ class DamagedData(StoreError):
     def __init__(self, message: str, *, frame: int) -> None:
         super().__init__(message)
         self.frame = frame
+
+
+class Unreachable(StoreError):
+    """A store that does not answer."""
 
 
 class EngineError(AsyncFlowError):

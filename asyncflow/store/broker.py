@@ -292,17 +292,19 @@ class Broker:
 
     def close(self) -> None:
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._journal.close()
-            self._remove(self._account.unneeded())
-            for waiters in self._parked.values():
-                for waiter in waiters:
-                    waiter.error = Closed("the store is closed")
-                    waiter.done.set()
-                waiters.clear()
-            self._alarm.notify_all()
+            if not self._closed:
+                self._close()
+                self._remove(self._account.unneeded())
+
+    def _close(self) -> None:
+        self._closed = True
+        self._journal.close()
+        for waiters in self._parked.values():
+            for waiter in waiters:
+                waiter.error = Closed("the store is closed")
+                waiter.done.set()
+            waiters.clear()
+        self._alarm.notify_all()
 
     # -- the shell -----------------------------------------------------------------------------------------------------
 
@@ -383,6 +385,18 @@ class Broker:
         if not events:
             return
         self._journal.append(events, self._clock.wall())
+        try:
+            self._apply(events, size)
+        except BaseException:
+            # The ledger has it and the table has not. Nothing that this process says can be trusted any more; the next
+            # one reads the ledger.
+            logger.critical("the table cannot follow its ledger: the store stops", exc_info=True)
+            self._close()
+            raise
+        if self._asleep_until > self._next_chore():
+            self._alarm.notify_all()
+
+    def _apply(self, events: Sequence[Event], size: int) -> None:
         for event in events:
             if isinstance(event, Committed) and self.on_committed is not None:
                 ids = np.array(event.trained + event.skipped, np.int64)
@@ -396,8 +410,6 @@ class Broker:
                 self._account.release(frame, rows)
             if released and self.table.terms.max_bytes is not None:
                 self._possible[ADMISSION] = None
-        if self._asleep_until > self._next_chore():
-            self._alarm.notify_all()
 
     def _grant(self, leased: Leased) -> Grant:
         ids = np.array(leased.rows, np.int64)

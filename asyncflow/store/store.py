@@ -9,6 +9,7 @@ decided when the store is opened, and makes no difference to what happens.
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,24 @@ the trained samples and then the skipped ones, as `sample_id`, `group_id` and ev
 written. Everybody waits meanwhile, and it must not raise: the step is committed already."""
 
 
+HOST_FILE = "host"
+"""In the folder of the segments: who reads the same there sees the same folder."""
+
+
+def _host_of(folder: Path) -> str:
+    path = folder / HOST_FILE
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex, encoding="ascii")
+    return path.read_text(encoding="ascii")
+
+
 class Store:
     """Implements `StoreClient`; thread-safe."""
 
     def __init__(self, schema: Schema, group_size: int, control: Control, data: Data) -> None:
         """Use `create` or `reopen`, or `asyncflow.store.remote.connect`."""
         self.schema = schema
-        self._group_size = group_size
+        self.group_size = group_size
         self._control = control
         self._data = data
         self._waits = threading.Event()
@@ -110,9 +122,9 @@ class Store:
         groups = len(prompts)
         if samples is not None:
             samples = self._conform(samples)
-            if len(samples) != groups * self._group_size:
+            if len(samples) != groups * self.group_size:
                 raise StoreError(
-                    f"{groups} prompts have {self._group_size} samples each; {len(samples)} rows of samples are put"
+                    f"{groups} prompts have {self.group_size} samples each; {len(samples)} rows of samples are put"
                 )
         if not groups:
             return ()
@@ -136,7 +148,7 @@ class Store:
     ) -> int | None:
         frames = []
         try:
-            if samples is not None and self._group_size == 1:  # one row each: one frame for both
+            if samples is not None and self.group_size == 1:  # one row each: one frame for both
                 arrays, names = [*prompts.columns, *samples.columns], [*prompts.schema.names, *samples.schema.names]
                 frames.append(self._append(pa.RecordBatch.from_arrays(arrays, names=names)))
             else:
@@ -228,7 +240,7 @@ class Store:
                 places = tuple(Place(p.columns, p.frames[held], p.offsets[held]) for p in grant.places)
                 continue
             ids = grant.sample_ids[held]
-            groups = ids // self._group_size
+            groups = ids // self.group_size
             return Lease(
                 lease_id=grant.lease_id,
                 stage=grant.stage,
@@ -237,7 +249,7 @@ class Store:
                 attempts=grant.attempts[held],
                 data=data,
                 deadline=grant.deadline,
-                slots=len(np.unique(groups)) * self._group_size,
+                slots=len(np.unique(groups)) * self.group_size,
             )
         return None
 
@@ -255,9 +267,13 @@ class Store:
 class EmbeddedStore(Store):
     """The store of one run with its broker in this process."""
 
-    def __init__(self, broker: Broker, data: Data) -> None:
+    def __init__(self, broker: Broker, data: Data, folder: Path | None = None) -> None:
         super().__init__(broker.table.schema, broker.table.group_size, broker, data)
         self.broker = broker
+        self.folder = folder
+        """Of the segments; None: they are in this process's memory."""
+        self.host = "" if folder is None else _host_of(folder)
+        """By which another process knows that it sees the same folder."""
         self._on_committed: OnCommitted | None = None
 
     @property
@@ -306,9 +322,28 @@ class EmbeddedStore(Store):
         try:
             data = FileFrames(folder, broker.allocate)
             shelf.on_removed = data.forget
-            return cls(broker, data)
+            return cls(broker, data, folder)
         except OSError as error:
             raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
+
+    @property
+    def durability(self) -> str:
+        """What an acknowledged put survives: `memory` nothing, `process` kill -9 of every process."""
+        return "memory" if self.folder is None else "process"
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        """Keep a frame for somebody else, who names it to the broker and then settles it here. Raises LedgerError."""
+        return self._append(self._conform(batch))
+
+    def settle(self, frame: int) -> None:
+        self._data.settle(frame)
+
+    def read_frames(self, columns: Sequence[str], frames: np.ndarray, offsets: np.ndarray) -> pa.RecordBatch:
+        """Rows of frames, for somebody else. Raises DamagedData, and StoreError for columns that there are not."""
+        self.schema.mask(columns)
+        if len(frames) != len(offsets):
+            raise StoreError(f"{len(frames)} frames and {len(offsets)} offsets do not go together")
+        return self._gather(columns, (Place(tuple(columns), frames, offsets),))
 
     @property
     def on_committed(self) -> OnCommitted | None:
@@ -323,7 +358,7 @@ class EmbeddedStore(Store):
         """All that is known of the samples of a step."""
         ids, names = np.array(event.trained + event.skipped, np.int64), self.schema.written
         columns = self._gather(names, places(names))
-        arrays = [pa.array(ids), pa.array(ids // self._group_size), *columns.columns]
+        arrays = [pa.array(ids), pa.array(ids // self.group_size), *columns.columns]
         return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
 
     def sync(self) -> int:

@@ -354,6 +354,8 @@ class Table:
         if put is not None and self._has_happened(put, len(prompt_tokens)):
             return []
         self.check_room(len(prompt_tokens))
+        if not all(0 <= count < 1 << 31 for count in prompt_tokens):
+            raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
         places = len(prompt_tokens) * self.group_size
         if samples is not None:
             self._check_samples(samples, places)
@@ -410,13 +412,27 @@ class Table:
                 f"({', '.join(self.schema.generate.writes)}), and all or none of each further stage: "
                 f"they have {brought}"
             )
-        lengths = {len(values) for values in (samples.tokens, samples.oldest, samples.newest) if values}
-        if lengths - {places}:
-            raise StoreError(f"{places} samples are put, and what is said of their tokens is of {max(lengths)}")
-        newest = max((version for version in samples.newest if version is not None), default=0)
-        if PolicyVersion.unpack(newest).n > self.learner.n:
+        self._check_tokens(places, samples.tokens, samples.oldest, samples.newest)
+
+    def _check_tokens(
+        self, rows: int, tokens: Sequence[int], oldest: Sequence[int | None], newest: Sequence[int | None]
+    ) -> None:
+        """Raises StoreError for what cannot be said of the tokens of so many rows, IllegalTransition for versions that
+        no commit has made."""
+        if {len(tokens), len(oldest), len(newest)} - {0, rows} or len(oldest) != len(newest):
+            raise StoreError(
+                f"of {rows} samples, {len(tokens)} numbers of tokens, {len(oldest)} oldest and {len(newest)} newest "
+                "versions are given: give one for each sample, or none"
+            )
+        if not all(0 <= count < 1 << 31 for count in tokens):
+            raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
+        for first, last in zip(oldest, newest, strict=True):
+            if (first is None) != (last is None) or (first is not None and last is not None and not 0 <= first <= last):
+                raise StoreError(f"tokens of versions from {first} to {last} cannot be: give the oldest and the newest")
+        latest = max((version for version in newest if version is not None), default=0)
+        if latest & NUMBER > self.learner.n or latest >> 32 > self.learner.incarnation:
             raise IllegalTransition(
-                f"a sample has tokens of {PolicyVersion.unpack(newest)}: the last step made {self.learner}"
+                f"a sample has tokens of {PolicyVersion.unpack(latest)}: the last step made {self.learner}"
             )
 
     def admitted_by(self, put: PutId) -> int | None:
@@ -533,6 +549,7 @@ class Table:
                 f"stage {stage.name} writes {', '.join(stage.writes) or 'no columns'}; "
                 f"its ack brings {', '.join(self.schema.names(columns)) or 'nothing'}"
             )
+        self._check_tokens(len(rows), tokens, oldest, newest)
         return [
             Acked(
                 lease_id=lease_id,
@@ -828,6 +845,7 @@ class Table:
         rows.columns[index] |= columns
         if tokens:
             rows.tokens[index] += np.array(tokens, np.int32)
+        if oldest:
             rows.oldest[index] = [NONE if version is None else version for version in oldest]
             rows.newest[index] = [NONE if version is None else version for version in newest]
         needs = self.schema.needs[self.schema.train.name]

@@ -1,24 +1,27 @@
 """What clients and a broker say to each other: msgpack, one typed message for each call of `Control`.
 
-    request   {field: value, …} as below                    answer   {"value": …}
+    request   a map of the fields below                     answer   a value, or a map of its fields
 
 Arrays travel as msgpack extension 8 (int64) or 4 (int32): the numbers, little-endian. A refusal is a Flight error whose
-extra info is the JSON of a `Refusal`. Nothing is ever pickled.
+extra info is the JSON of a `Refusal`. A request in JSON is answered in JSON, with plain lists for arrays. Nothing is
+ever pickled.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from asyncflow import errors
-from asyncflow.errors import DamagedData, LeaseLost, StoreError
+from asyncflow.errors import AsyncFlowError, DamagedData, LeaseLost, StoreError
 from asyncflow.store.client import Counts, Grant, Place, Waited
 from asyncflow.store.events import PutId, Samples
+from asyncflow.store.schema import Stage
 from asyncflow.types import PolicyVersion
 
 PROTOCOL = 1
@@ -27,6 +30,15 @@ MAX_TIMEOUT = 60.0
 """Seconds for which one call may wait; whoever waits longer calls again."""
 
 assert sys.byteorder == "little", "arrays go over the wire as they are in memory"
+
+
+Id = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Packed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Frame = Annotated[int, Meta(ge=-1, le=(1 << 63) - 1)]
+Size = Annotated[int, Meta(ge=0, lt=1 << 50)]
+Wait = Annotated[float, Meta(ge=0, le=1e9)]
+Ttl = Annotated[float, Meta(gt=0, le=1e9)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,8 +55,11 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to `Hello`."""
 
     protocol: int
-    schema: dict[str, Any]
-    """`Schema.to_dict`."""
+    stages: tuple[Stage, ...]
+    columns: bytes
+    """Arrow IPC schema message of all columns."""
+    prompt_columns: tuple[str, ...]
+    token_columns: tuple[str, ...]
     group_size: int
     folder: str | None
     """Of the segments; None: they are in the server's memory."""
@@ -58,48 +73,48 @@ class Allocate(Message, frozen=True, kw_only=True):
 
 
 class Room(Message, frozen=True, kw_only=True):
-    groups: int
-    timeout: float
+    groups: Count
+    timeout: Wait
 
 
 class Admit(Message, frozen=True, kw_only=True):
-    prompt_tokens: list[int]
-    frame: int
-    size: int
+    prompt_tokens: list[Count]
+    frame: Frame
+    size: Size
     samples: Samples | None = None
     put: PutId | None = None
     priorities: list[int] = []
-    timeout: float
+    timeout: Wait
 
 
 class LeaseRows(Message, frozen=True, kw_only=True):
     stage: str
     worker: str
-    max_rows: int
-    max_tokens: int | None = None
-    ttl: float
-    timeout: float
+    max_rows: Annotated[int, Meta(ge=1)]
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    ttl: Ttl
+    timeout: Wait
 
 
 class Renew(Message, frozen=True, kw_only=True):
-    lease_id: int
-    ttl: float
+    lease_id: Id
+    ttl: Ttl
 
 
 class Ack(Message, frozen=True, kw_only=True):
-    lease_id: int
-    sample_ids: list[int]
+    lease_id: Id
+    sample_ids: list[Id]
     columns: int
-    frame: int
-    size: int
-    tokens: list[int] = []
-    oldest: list[int | None] = []
-    newest: list[int | None] = []
+    frame: Frame
+    size: Size
+    tokens: list[Count] = []
+    oldest: list[Packed | None] = []
+    newest: list[Packed | None] = []
 
 
 class Nack(Message, frozen=True, kw_only=True):
-    lease_id: int
-    sample_ids: list[int]
+    lease_id: Id
+    sample_ids: list[Id]
     reason: str
     final: bool = False
 
@@ -109,19 +124,19 @@ class Gone(Message, frozen=True, kw_only=True):
 
 
 class Commit(Message, frozen=True, kw_only=True):
-    leases: list[int]
-    trained: list[int]
-    skipped: list[int]
+    leases: list[Id]
+    trained: list[Id]
+    skipped: list[Id]
     version: PolicyVersion
 
 
 class Drop(Message, frozen=True, kw_only=True):
-    sample_ids: list[int]
+    sample_ids: list[Id]
     reason: str
 
 
 class Prioritise(Message, frozen=True, kw_only=True):
-    sample_ids: list[int]
+    sample_ids: list[Id]
     priority: int
 
 
@@ -141,15 +156,15 @@ class MarkCheckpoint(Message, frozen=True, kw_only=True):
 
 
 class Held(Message, frozen=True, kw_only=True):
-    lease_id: int
+    lease_id: Id
 
 
 class ColumnsOf(Message, frozen=True, kw_only=True):
-    sample_ids: list[int]
+    sample_ids: list[Id]
 
 
 class Places(Message, frozen=True, kw_only=True):
-    sample_ids: list[int]
+    sample_ids: list[Id]
     columns: list[str]
 
 
@@ -161,7 +176,7 @@ class Awaited(Message, frozen=True, kw_only=True):
     topic: str
 
 
-class Count(Message, frozen=True, kw_only=True):
+class GetCounts(Message, frozen=True, kw_only=True):
     pass
 
 
@@ -186,7 +201,7 @@ CALLS: dict[str, tuple[type[Message], Any]] = {
     "places": (Places, tuple[Place, ...]),
     "waited_for": (WaitedFor, tuple[Waited, ...]),
     "awaited": (Awaited, str),
-    "counts": (Count, Counts),
+    "counts": (GetCounts, Counts),
 }
 """Name of a Flight action → its request and the type of its answer."""
 
@@ -200,7 +215,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     frame: int = -1
 
     @classmethod
-    def of(cls, error: StoreError) -> Refusal:
+    def of(cls, error: AsyncFlowError) -> Refusal:
         rows = error.rows if isinstance(error, LeaseLost) else ()
         frame = error.frame if isinstance(error, DamagedData) else -1
         return cls(error=type(error).__name__, message=str(error), rows=rows, frame=frame)
@@ -244,5 +259,33 @@ def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind, ext_hook=_decode_array, dec_hook=_check_array)
 
 
+class Ticket(Message, frozen=True, kw_only=True):
+    """Of a DoGet: columns of rows of frames."""
+
+    columns: list[str]
+    frames: np.ndarray
+    offsets: np.ndarray
+
+
+class SamplesTicket(Message, frozen=True, kw_only=True):
+    """The same for people, in JSON: columns (all of them, if none are named) of open samples."""
+
+    samples: list[Id]
+    columns: list[str] | None = None
+
+
+class Put(Message, frozen=True, kw_only=True):
+    """Command of a DoPut of prompts, or of finished samples, in JSON."""
+
+    put: PutId | None = None
+    priorities: list[int] = []
+    timeout: Wait = 0.0
+
+
+TICKET = decoder(Ticket)
+SAMPLES_TICKET = msgspec.json.Decoder(SamplesTicket)
+PUT = msgspec.json.Decoder(Put)
+encode_json = msgspec.json.Encoder(enc_hook=lambda array: array.tolist()).encode
+JSON_REQUESTS = {name: msgspec.json.Decoder(request) for name, (request, _) in CALLS.items()}
 REQUESTS = {name: decoder(request) for name, (request, _) in CALLS.items()}
 ANSWERS = {name: decoder(answer) for name, (_, answer) in CALLS.items()}

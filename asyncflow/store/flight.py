@@ -1,0 +1,303 @@
+"""A store that others reach over Arrow Flight (https://arrow.apache.org/docs/format/Flight.html).
+
+    DoAction <call>          every call of `Control` (`wire`), in msgpack or JSON; one that waits costs nobody else
+    DoGet <ticket>           rows of frames, for a host that does not see the segments; samples by id, for people
+    DoPut path "frame"       one frame, from a host that does not see the segments; answers with its id
+    DoPut path "put", or a command (`wire.Put`)    prompts, or finished samples, from any Arrow client
+    ListFlights, GetFlightInfo <stage>             the stages, with the columns that each needs
+
+Every call needs the token, as `authorization: Bearer …`. What clients send is bounded and checked before it is used.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from asyncflow.errors import StoreError, UserError
+from asyncflow.store import wire
+from asyncflow.store.rows import NONE
+from asyncflow.store.store import EmbeddedStore
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST = 64 << 20
+"""Bytes of one request."""
+MAX_PUT = 1 << 30
+"""Bytes of the columns of one put."""
+UNNAMED_FOR = 600.0
+"""Seconds after which a frame that nobody has named is given up."""
+
+Call = Callable[[Any, fl.ServerCallContext], Any]
+
+
+class _Token(fl.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Refuses every call without the right token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    def start_call(self, info: fl.CallInfo, headers: Mapping[str, Sequence[str]]) -> None:
+        given = next(iter(headers.get("authorization", ())), "")
+        if not hmac.compare_digest(str(given).encode(), self._expected):
+            raise fl.FlightUnauthenticatedError("the token is missing or wrong: send `authorization: Bearer <token>`")
+
+
+class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
+    """Serves one embedded store until `close`."""
+
+    def __init__(
+        self,
+        store: EmbeddedStore,
+        *,
+        token: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. Raises OSError for an address that
+        cannot be had."""
+        scheme = "grpc" if tls is None else "grpc+tls"
+        super().__init__(
+            f"{scheme}://{host}:{port}",
+            tls_certificates=None if tls is None else [tls],
+            middleware={"token": _Token(token)},
+        )
+        self.location = f"{scheme}://{host}:{self.port}"
+        self._store = store
+        self._unnamed = _Unnamed(store)
+        self._calls = _calls(store, self._unnamed)
+
+    def close(self) -> None:
+        """Close the store, which ends the calls that wait, and stop."""
+        self._store.close()
+        self.shutdown()
+
+    # -- control -------------------------------------------------------------------------------------------------------
+
+    def list_actions(self, context: fl.ServerCallContext) -> list[tuple[str, str]]:
+        return [(name, f"{request.__name__}: msgpack or JSON") for name, (request, _) in wire.CALLS.items()]
+
+    def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> list[bytes]:
+        name, body = action.type, memoryview(action.body)
+        with _refusals():
+            if name not in self._calls:
+                raise StoreError(f"there is no call {name!r}; the calls are {', '.join(self._calls)}")
+            if len(body) > MAX_REQUEST:
+                raise StoreError(f"a request of {len(body)} bytes is too large: {MAX_REQUEST} are allowed")
+            as_json = bytes(body[:1]) == b"{"
+            request = _decoded(wire.JSON_REQUESTS[name] if as_json else wire.REQUESTS[name], body, name)
+            answer = self._calls[name](request, context)
+            return [wire.encode_json(answer) if as_json else wire.encode(answer)]
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.RecordBatchStream:
+        with _refusals():
+            if ticket.ticket[:1] == b"{":
+                about = _decoded(wire.SAMPLES_TICKET, ticket.ticket, "samples")
+                batch = self._store.read(about.samples, about.columns)
+            else:
+                rows = _decoded(wire.TICKET, ticket.ticket, "rows of frames")
+                batch = self._store.read_frames(rows.columns, rows.frames, rows.offsets)
+            return fl.RecordBatchStream(pa.Table.from_batches([batch]))
+
+    def do_put(
+        self,
+        context: fl.ServerCallContext,
+        descriptor: fl.FlightDescriptor,
+        reader: fl.MetadataRecordBatchReader,
+        writer: fl.FlightMetadataWriter,
+    ) -> None:
+        with _refusals():
+            batch = _received(reader)
+            if descriptor.path == [b"frame"]:
+                frame = self._store.append(batch)
+                self._unnamed.add(frame)
+                writer.write(wire.encode(frame))
+                return
+            if descriptor.path not in (None, [], [b"put"]):
+                raise StoreError('data are put with the path "put", or with a command in JSON')
+            put = _decoded(wire.PUT, descriptor.command, "put") if descriptor.command else wire.Put()
+            groups = self._put(batch, put)
+            writer.write(wire.encode_json(groups))
+
+    def _put(self, batch: pa.RecordBatch, put: wire.Put) -> tuple[int, ...]:
+        """Columns of any Arrow client: prompts alone, one row each; or with what was made of them, a row a sample."""
+        schema, names = self._store.schema, batch.schema.names
+        prompts = batch.select([name for name in schema.prompt_columns if name in names])
+        samples = batch.select([name for name in names if name not in schema.prompt_columns])
+        size = self._store.group_size
+        if samples.num_columns and size > 1:
+            prompts = _one_of_each(prompts, size)
+        groups = self._store.admit(
+            prompts,
+            samples if samples.num_columns else None,
+            put=put.put,
+            priorities=put.priorities,
+            timeout=min(put.timeout, wire.MAX_TIMEOUT),
+        )
+        if groups is None:
+            raise fl.FlightUnavailableError(
+                f"there is no room (it waits for: {self._store.awaited('admission')}): try again later"
+            )
+        return groups
+
+    # -- for people ----------------------------------------------------------------------------------------------------
+
+    def list_flights(self, context: fl.ServerCallContext, criteria: bytes) -> Iterator[fl.FlightInfo]:
+        for stage in self._store.schema.stages:
+            yield self._info(stage)
+
+    def get_flight_info(self, context: fl.ServerCallContext, descriptor: fl.FlightDescriptor) -> fl.FlightInfo:
+        with _refusals():
+            stages = self._store.schema.stages
+            name = b"/".join(descriptor.path or []).decode(errors="replace")
+            if name not in stages:
+                raise StoreError(f"there is no stage {name!r}; the stages are {', '.join(stages)}")
+            return self._info(name)
+
+    def _info(self, stage: str) -> fl.FlightInfo:
+        schema = self._store.schema
+        fields = [pa.field(name, schema.columns[name]) for name in schema.stages[stage].needs]
+        rows = self._store.counts().ready.get(stage, -1)
+        return fl.FlightInfo(pa.schema(fields), fl.FlightDescriptor.for_path(stage), [], rows, -1)
+
+
+class _Unnamed:
+    """Frames that remote hosts have put and not named yet: their segment stays."""
+
+    def __init__(self, store: EmbeddedStore) -> None:
+        self._store = store
+        self._frames: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, frame: int) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._frames.append((now, frame))
+            while self._frames[0][0] < now - UNNAMED_FOR:
+                self._store.settle(self._frames.popleft()[1])
+
+    def named(self, *frames: int) -> None:
+        with self._lock:
+            for place in [place for place in self._frames if place[1] in frames]:
+                self._frames.remove(place)
+        for frame in frames:
+            if frame != NONE:
+                self._store.settle(frame)
+
+
+def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
+    """Name of each call → what it does."""
+    broker, schema = store.broker, store.schema
+
+    def hello(request: wire.Hello, _: fl.ServerCallContext) -> wire.Welcome:
+        if request.protocol != wire.PROTOCOL:
+            raise StoreError(
+                f"a client speaks protocol {request.protocol}, this store {wire.PROTOCOL}: use the matching release"
+            )
+        columns = pa.schema([pa.field(name, kind) for name, kind in schema.columns.items()])
+        return wire.Welcome(
+            protocol=wire.PROTOCOL,
+            stages=tuple(schema.stages.values()),
+            columns=columns.serialize().to_pybytes(),
+            prompt_columns=schema.prompt_columns,
+            token_columns=schema.token_columns,
+            group_size=store.group_size,
+            folder=None if store.folder is None else str(store.folder),
+            host=store.host,
+            durability=store.durability,
+        )
+
+    def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
+        values = _values(request)
+        frames = (request.frame, *(() if request.samples is None else (request.samples.frame,)))
+        try:
+            return broker.admit(**values, alive=lambda: not context.is_cancelled())
+        finally:
+            unnamed.named(*frames)
+
+    def lease(request: wire.LeaseRows, context: fl.ServerCallContext) -> Any:
+        return broker.lease(**_values(request), alive=lambda: not context.is_cancelled())
+
+    def ack(request: wire.Ack, _: fl.ServerCallContext) -> None:
+        try:
+            broker.ack(**_values(request))
+        finally:
+            unnamed.named(request.frame)
+
+    def other(name: str) -> Call:
+        method = getattr(broker, name)
+        return lambda request, _: method(**_values(request))
+
+    special: dict[str, Call] = {"hello": hello, "admit": admit, "lease": lease, "ack": ack}
+    return {name: special.get(name) or other(name) for name in wire.CALLS}
+
+
+def _values(request: wire.Message) -> dict[str, Any]:
+    values = {name: getattr(request, name) for name in request.__struct_fields__}
+    if "timeout" in values:
+        values["timeout"] = min(values["timeout"], wire.MAX_TIMEOUT)
+    return values
+
+
+def _decoded(decoder: Any, data: bytes | memoryview, what: str) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise StoreError(f"the request for {what} cannot be read: {error}") from None
+
+
+def _received(reader: fl.MetadataRecordBatchReader) -> pa.RecordBatch:
+    """All that a client puts, as one batch that is safe to use. Raises StoreError."""
+    batches, size = [], 0
+    try:
+        for chunk in reader:
+            if chunk.data is None:
+                continue
+            chunk.data.validate(full=True)
+            size += chunk.data.nbytes
+            if size > MAX_PUT:
+                raise StoreError(f"a put may have {MAX_PUT} bytes: put fewer samples at a time")
+            batches.append(chunk.data)
+        if not batches:
+            raise StoreError("a put without any rows: write a record batch")
+        return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+    except pa.ArrowException as error:
+        raise StoreError(f"what was put is not valid Arrow data: {error}") from None
+
+
+def _one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
+    """The prompt of each group of rows. Raises StoreError where they differ within a group."""
+    if len(prompts) % size:
+        raise StoreError(f"{len(prompts)} rows are not whole groups of {size} samples")
+    first = np.repeat(np.arange(0, len(prompts), size), size)
+    if not prompts.take(pa.array(first)).equals(prompts):
+        raise StoreError(f"the prompts of each {size} rows in a row are to be the same: they are one group")
+    return prompts.take(pa.array(first[::size]))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Errors of the store as Flight errors from which a client makes the same again."""
+    try:
+        yield
+    except (StoreError, UserError) as error:
+        raise fl.FlightServerError(str(error), wire.encode_json(wire.Refusal.of(error))) from None
+    except fl.FlightError:
+        raise
+    except Exception as error:
+        logger.exception("a call has failed")
+        raise fl.FlightInternalError(f"the store has failed: {type(error).__name__}: {error}") from None

@@ -1,0 +1,359 @@
+"""A store that is somewhere else.
+
+    store = connect("grpc://127.0.0.1:7654", token=…)        # then as any other store
+
+A client that sees the store's segments (it is on the same host) writes and reads them itself, and only says so over the
+wire; another one sends and fetches columns. A store that cannot be reached is waited for, up to `patience` seconds a
+call; since each call can be repeated without harm, one whose answer was lost is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as fl
+from numpy.typing import NDArray
+
+from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
+from asyncflow.store import wire
+from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.data import Data, FileFrames
+from asyncflow.store.events import PutId, Samples
+from asyncflow.store.schema import Schema
+from asyncflow.store.store import HOST_FILE, Store
+from asyncflow.types import PolicyVersion
+
+PATIENCE = 30.0
+"""Seconds for which a call waits for a store that cannot be reached."""
+GRACE = 10.0
+"""Seconds that an answer may take beyond what was asked to wait."""
+PAUSE = 0.05
+"""Seconds between two tries."""
+MAX_WAIT = 10.0
+"""Seconds for which one call waits."""
+REFUSAL = msgspec.json.Decoder(wire.Refusal)
+FRAME = wire.decoder(int)
+
+T = TypeVar("T")
+
+
+def connect(
+    location: str, *, token: str, tls_root: bytes | None = None, patience: float = PATIENCE, local: bool | None = None
+) -> Store:
+    """The store at a Flight location. `tls_root`: PEM of the authority that has signed its certificate.
+
+    `local` says whether its segments are read and written directly; None finds out. Raises Unreachable, and StoreError
+    for a wrong token or another protocol.
+    """
+    control = RemoteControl(location, token=token, tls_root=tls_root, patience=patience)
+    welcome = control.hello()
+    arrow = pa.ipc.read_schema(pa.py_buffer(welcome.columns))
+    schema = Schema(
+        welcome.stages,
+        columns=dict(zip(arrow.names, arrow.types, strict=True)),
+        prompt_columns=welcome.prompt_columns,
+        token_columns=welcome.token_columns,
+    )
+    if local is None:
+        local = welcome.folder is not None and _sees(Path(welcome.folder), welcome.host)
+    data: Data
+    if local:
+        assert welcome.folder is not None, "a store in memory has no segments that others see"
+        data = FileFrames(Path(welcome.folder), control.allocate)
+    else:
+        data = RemoteFrames(control)
+    return Store(schema, welcome.group_size, control, data)
+
+
+def _sees(folder: Path, host: str) -> bool:
+    try:
+        return (folder / HOST_FILE).read_text(encoding="ascii") == host
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+class RemoteControl:
+    """`Control` over Flight; thread-safe."""
+
+    def __init__(self, location: str, *, token: str, tls_root: bytes | None = None, patience: float = PATIENCE) -> None:
+        self.location = location
+        self._tls_root = tls_root
+        self._patience = patience
+        self._headers = [(b"authorization", f"Bearer {token}".encode())]
+        self._lock = threading.Lock()
+        self._client = self._connect()
+        self._producer = uuid.uuid4().hex
+        self._puts = 0
+        self._tries = 0
+        """Calls that had to be repeated."""
+        self._closed = False
+
+    def hello(self) -> wire.Welcome:
+        welcome: wire.Welcome = self._call("hello", wire.Hello())
+        return welcome
+
+    def allocate(self) -> int:
+        return int(self._call("allocate", wire.Allocate()))
+
+    def room(self, groups: int, *, timeout: float) -> bool:
+        def ask(left: float) -> bool | None:
+            return self._call("room", wire.Room(groups=groups, timeout=left), wait=left) or None
+
+        return bool(_in_turns(ask, timeout))
+
+    def admit(
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        frame: int,
+        size: int,
+        samples: Samples | None = None,
+        put: PutId | None = None,
+        priorities: Sequence[int] = (),
+        timeout: float,
+    ) -> int | None:
+        if put is None:  # so that it can be asked for again when the answer is lost
+            with self._lock:
+                self._puts += 1
+                put = PutId(producer=self._producer, sequence=self._puts)
+
+        def ask(left: float) -> int | None:
+            request = wire.Admit(
+                prompt_tokens=list(prompt_tokens),
+                frame=frame,
+                size=size,
+                samples=samples,
+                put=put,
+                priorities=list(priorities),
+                timeout=left,
+            )
+            first: int | None = self._call("admit", request, wait=left)
+            return first
+
+        return _in_turns(ask, timeout)
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+    ) -> Grant | None:
+        def ask(left: float) -> Grant | None:
+            request = wire.LeaseRows(
+                stage=stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, ttl=ttl, timeout=left
+            )
+            grant: Grant | None = self._call("lease", request, wait=left)
+            return grant
+
+        return _in_turns(ask, timeout)
+
+    def renew(self, lease_id: int, *, ttl: float) -> None:
+        self._call("renew", wire.Renew(lease_id=lease_id, ttl=ttl))
+
+    def ack(
+        self,
+        lease_id: int,
+        sample_ids: Sequence[int],
+        *,
+        columns: int,
+        frame: int,
+        size: int,
+        tokens: Sequence[int] = (),
+        oldest: Sequence[int | None] = (),
+        newest: Sequence[int | None] = (),
+    ) -> None:
+        request = wire.Ack(
+            lease_id=lease_id,
+            sample_ids=_ints(sample_ids),
+            columns=columns,
+            frame=frame,
+            size=size,
+            tokens=list(tokens),
+            oldest=list(oldest),
+            newest=list(newest),
+        )
+        self._call("ack", request)
+
+    def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
+        request = wire.Nack(lease_id=lease_id, sample_ids=_ints(sample_ids), reason=reason, final=final)
+        self._call("nack", request)
+
+    def gone(self, worker: str) -> None:
+        self._call("gone", wire.Gone(worker=worker))
+
+    def commit(
+        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+    ) -> None:
+        request = wire.Commit(leases=_ints(leases), trained=_ints(trained), skipped=_ints(skipped), version=version)
+        tries = self._tries
+        try:
+            self._call("commit", request)
+        except (LeaseLost, IllegalTransition):
+            # The answer to an earlier try may have been lost, and not the commit.
+            if tries == self._tries or self.counts().learner != version:
+                raise
+
+    def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
+        self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason))
+
+    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
+        self._call("prioritise", wire.Prioritise(sample_ids=_ints(sample_ids), priority=priority))
+
+    def serve(self, engine: str, version: PolicyVersion | None) -> None:
+        self._call("serve", wire.Serve(engine=engine, version=version))
+
+    def amend(self, *, max_staleness: int | None = None, last_version: int | None = None) -> None:
+        self._call("amend", wire.Amend(max_staleness=max_staleness, last_version=last_version))
+
+    def checkpointed(self, version: PolicyVersion, *, oldest: PolicyVersion) -> None:
+        self._call("checkpointed", wire.MarkCheckpoint(version=version, oldest=oldest))
+
+    def held(self, lease_id: int) -> NDArray[np.int64]:
+        held: NDArray[np.int64] = self._call("held", wire.Held(lease_id=lease_id))
+        return held
+
+    def columns_of(self, sample_ids: Sequence[int]) -> tuple[str, ...]:
+        columns: tuple[str, ...] = self._call("columns_of", wire.ColumnsOf(sample_ids=_ints(sample_ids)))
+        return columns
+
+    def places(self, sample_ids: Sequence[int], columns: Sequence[str]) -> tuple[Place, ...]:
+        request = wire.Places(sample_ids=_ints(sample_ids), columns=list(columns))
+        places: tuple[Place, ...] = self._call("places", request)
+        return places
+
+    def waited_for(self) -> tuple[Waited, ...]:
+        waited: tuple[Waited, ...] = self._call("waited_for", wire.WaitedFor())
+        return waited
+
+    def awaited(self, topic: str) -> str:
+        return str(self._call("awaited", wire.Awaited(topic=topic)))
+
+    def counts(self) -> Counts:
+        counts: Counts = self._call("counts", wire.GetCounts())
+        return counts
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._client.close()
+
+    # -- frames --------------------------------------------------------------------------------------------------------
+
+    def put_frame(self, batch: pa.RecordBatch) -> int:
+        """Give a frame to the store's own host."""
+
+        def put(client: fl.FlightClient) -> int:
+            descriptor = fl.FlightDescriptor.for_path("frame")
+            writer, reader = client.do_put(descriptor, batch.schema, self._options(GRACE))
+            writer.write_batch(batch)
+            writer.done_writing()
+            answer = reader.read()
+            writer.close()
+            return int(FRAME.decode(memoryview(answer)))
+
+        return self._try(put)
+
+    def get_rows(self, columns: Sequence[str], frames: np.ndarray, offsets: np.ndarray) -> pa.Table:
+        """Rows of frames, from the store's own host. Raises DamagedData."""
+        ticket = fl.Ticket(wire.encode(wire.Ticket(columns=list(columns), frames=frames, offsets=offsets)))
+        return self._try(lambda client: client.do_get(ticket, self._options(GRACE)).read_all())
+
+    # -- the wire ------------------------------------------------------------------------------------------------------
+
+    def _call(self, name: str, request: wire.Message, *, wait: float = 0.0) -> Any:
+        action = fl.Action(name, wire.encode(request))
+
+        def call(client: fl.FlightClient) -> Any:
+            (result,) = client.do_action(action, self._options(wait + GRACE))
+            return wire.ANSWERS[name].decode(memoryview(result.body))
+
+        return self._try(call)
+
+    def _try(self, call: Callable[[fl.FlightClient], T]) -> T:
+        """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            if self._closed:
+                raise Closed("this client of the store is closed")
+            client = self._client
+            try:
+                return call(client)
+            except fl.FlightServerError as error:
+                raise _refusal(error) from None
+            except fl.FlightUnauthenticatedError:
+                raise StoreError(f"{self.location} refuses the token: use that of its server") from None
+            except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
+                if time.monotonic() >= deadline:
+                    raise Unreachable(
+                        f"the store at {self.location} does not answer ({error}): see that it runs"
+                    ) from None
+            except pa.ArrowException as error:
+                raise StoreError(f"{self.location} has failed: {error}") from None
+            self._reconnect(client)
+            time.sleep(PAUSE)
+
+    def _reconnect(self, broken: fl.FlightClient) -> None:
+        """A new connection, unless another thread has made one: an old one would wait longer with every failure."""
+        with self._lock:
+            if self._client is broken and not self._closed:
+                self._tries += 1
+                self._client = self._connect()
+
+    def _connect(self) -> fl.FlightClient:
+        try:
+            return fl.FlightClient(self.location, tls_root_certs=self._tls_root)
+        except pa.ArrowException as error:
+            raise StoreError(f"{self.location!r} is no Flight location (grpc://host:port): {error}") from None
+
+    def _options(self, timeout: float) -> fl.FlightCallOptions:
+        return fl.FlightCallOptions(timeout=timeout, headers=self._headers)
+
+
+class RemoteFrames:
+    """Frames of a store whose segments this host does not see."""
+
+    def __init__(self, control: RemoteControl) -> None:
+        self._control = control
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        return self._control.put_frame(batch)
+
+    def settle(self, frame: int) -> None:
+        """The server has settled it when it was named."""
+
+    def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
+        rows = self._control.get_rows(list(columns), frames, offsets).combine_chunks()
+        return [rows.column(name).chunk(0) for name in columns]
+
+    def forget(self, segment: int) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """The control is closed by who has made it."""
+
+
+def _in_turns(ask: Callable[[float], T | None], timeout: float) -> T | None:
+    """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died does
+    not stay for long."""
+    deadline = time.monotonic() + timeout
+    while True:
+        left = min(max(0.0, deadline - time.monotonic()), MAX_WAIT)
+        answer = ask(left)
+        if answer is not None or time.monotonic() >= deadline:
+            return answer
+
+
+def _refusal(error: fl.FlightServerError) -> StoreError:
+    try:
+        return REFUSAL.decode(error.extra_info).as_error()
+    except msgspec.MsgspecError:
+        return StoreError(str(error))
+
+
+def _ints(values: Sequence[int]) -> list[int]:
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
