@@ -22,9 +22,10 @@ from asyncflow.errors import Closed, IllegalTransition, LeaseLost, LedgerError, 
 from asyncflow.store.broker import Store
 from asyncflow.store.client import Lease
 from asyncflow.store.events import Acked, Admitted, Committed, Opened, Quarantined
+from asyncflow.store.frames import HEADER_BYTES, headers_of
 from asyncflow.store.journal import read_ledger
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.segments import HEADER_BYTES, FileSegments, MemorySegments, headers_of
+from asyncflow.store.segments import MemoryFrames
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
@@ -91,9 +92,11 @@ class Bench:
         )
 
     def nbytes(self) -> int:
-        segments = self.store._segments
-        assert isinstance(segments, MemorySegments)
-        return sum(batch.nbytes for batch in segments.frames.values())
+        """Of the data that are there when those that nobody needs have gone."""
+        self.store.sync()
+        frames = self.store._data.shelf
+        assert isinstance(frames, MemoryFrames)
+        return sum(batch.nbytes for batch in frames.frames.values())
 
     def rebuilt(self) -> Table:
         """The table as the ledger tells it."""
@@ -971,21 +974,6 @@ def test_a_step_that_was_taken_back_was_no_failed_attempt(lives: Lives) -> None:
             lives.bench.store.commit(leases=[lease.lease_id], trained=ids(lease), skipped=[], version=version)
         lives.die()
         lives.begin_again(step=0)
-
-
-def test_a_segment_goes_with_the_last_row_that_needs_it(tmp_path: Path) -> None:
-    segments = FileSegments(tmp_path, segment_bytes=1)
-    first, second, third = (segments.write(prompts(1), rows=2) for _ in range(3))
-    assert len(list(tmp_path.iterdir())) == 3
-
-    segments.release(first)
-    segments.release(second, 2)
-    assert [path.name for path in segments.unneeded()] == ["000002.segment"]
-    segments.release(first)
-    segments.release(third, 2)
-
-    assert [path.name for path in segments.unneeded()] == ["000001.segment"]  # the last one is being written
-    segments.close()
 
 
 def test_data_that_nobody_needs_stay_until_the_ledger_says_so_on_disk(lives: Lives) -> None:

@@ -6,7 +6,7 @@ Every operation is: decide (pure) → journal → apply → wake those for whom 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from asyncflow.store.events import Committed, Event, Leased, Opened
 from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.rows import Ids
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
-from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
+from asyncflow.store.segments import Account, MemoryFrames, SegmentFolder, SegmentReader, SegmentWriter
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
@@ -37,12 +37,12 @@ written. Everybody waits meanwhile, and it must not raise: the step is committed
 class Store:
     """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
 
-    def __init__(self, table: Table, journal: Journal, segments: Segments, clock: Clock) -> None:
+    def __init__(self, table: Table, journal: Journal, data: Data, clock: Clock) -> None:
         """Use `create` or `reopen`."""
         self.on_committed: OnCommitted | None = None
         self.table = table
         self._journal = journal
-        self._segments = segments
+        self._data = data
         self._clock = clock
         self._schema = table.schema
         self._lock = threading.RLock()
@@ -59,7 +59,7 @@ class Store:
         """
         clock = clock or SystemClock()
         journal = Journal.create(ledger, opened, clock.wall())
-        return cls(Table(schema, opened), journal, MemorySegments() if data is None else FileSegments(data), clock)
+        return cls(Table(schema, opened), journal, Data(data), clock)
 
     @classmethod
     def reopen(
@@ -73,8 +73,7 @@ class Store:
         clock = clock or SystemClock()
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
-        segments = FileSegments(data, needed=table.frames(), after=table.last_frame)
-        store = cls(table, Journal(ledger), segments, clock)
+        store = cls(table, Journal(ledger), Data(data, table.frames(), after=table.last_frame), clock)
         with store._lock:
             # Before any lease could run out: that nobody renewed it is not the fault of its rows.
             store._perform(events)
@@ -181,19 +180,16 @@ class Store:
         it meanwhile.
         """
         with self._operation():
-            lsn, files = self._journal.lsn, self._segments.unsynced()
-            unneeded = self._segments.unneeded()
+            lsn, written, unneeded = self._journal.lsn, self._data.account.unsynced(), self._data.account.unneeded()
         try:
-            for path in files:
-                sync_file(path)
+            self._data.shelf.sync(written)
         except OSError as error:
             raise LedgerError(
                 f"the data of the samples cannot be synced ({error}): see that their disk works"
             ) from error
         self._journal.sync()
         # Not before: a ledger that has lost its end in a power cut still needs them.
-        for path in unneeded:
-            path.unlink(missing_ok=True)
+        self._data.remove(unneeded)
         return lsn
 
     def awaited(self, topic: str) -> str:
@@ -232,9 +228,8 @@ class Store:
                 return
             self._closed = True
             self._journal.close()
-            for path in self._segments.unneeded():
-                path.unlink(missing_ok=True)
-            self._segments.close()
+            self._data.remove(self._data.account.unneeded())
+            self._data.close()
             for condition in self._changed.values():
                 condition.notify_all()
 
@@ -255,12 +250,21 @@ class Store:
     @contextmanager
     def _frame(self, columns: pa.RecordBatch, *, rows: int) -> Iterator[int]:
         """Keep data for what is done inside; when that fails, nobody needs them."""
-        frame = self._segments.write(columns, rows=rows)
         try:
-            yield frame
-        except BaseException:
-            self._segments.release(frame, rows)
-            raise
+            frame = self._data.writer.append(columns)
+        except OSError as error:
+            raise LedgerError(
+                f"the data of a sample cannot be written ({error}): see that the run's disk has room"
+            ) from error
+        try:
+            self._data.account.hold(frame, rows)
+            try:
+                yield frame
+            except BaseException:
+                self._data.account.release(frame, rows)
+                raise
+        finally:
+            self._data.writer.settle(frame)
 
     def _wait(self, topic: str, attempt: Callable[[float], T | None], timeout: float) -> T | None:
         """Call `attempt` now and whenever the topic has changed, until it returns something or time is up."""
@@ -284,7 +288,7 @@ class Store:
             released = self.table.released_by(event)
             topics |= self.table.apply(event)
             for frame, rows in released.items():
-                self._segments.release(frame, rows)
+                self._data.account.release(frame, rows)
         # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
         # of a dead worker come back even when nothing else happens.
         earliest = self.table.next_deadline()
@@ -328,7 +332,37 @@ class Store:
         return pa.RecordBatch.from_arrays(arrays, names=["sample_id", "group_id", *names])
 
     def _gather(self, ids: Ids, columns: Sequence[str]) -> list[pa.Array]:
-        return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
+        return [
+            array
+            for column in columns
+            for array in self._data.reader.read({column: COLUMNS[column]}, *self.table.places(ids, column))
+        ]
+
+
+class Data:
+    """Writer, reader and account of an embedded store."""
+
+    def __init__(self, folder: Path | None, needed: Mapping[int, int] | None = None, *, after: int = 0) -> None:
+        self.shelf: MemoryFrames | SegmentFolder
+        self.writer: MemoryFrames | SegmentWriter
+        self.reader: MemoryFrames | SegmentReader
+        if folder is None:
+            self.shelf = self.writer = self.reader = frames = MemoryFrames()
+            self.account = Account(frames)
+            frames.allocate = self.account.allocate
+        else:
+            self.shelf = SegmentFolder(folder)
+            self.account = Account(self.shelf, needed, after=after)
+            self.writer, self.reader = SegmentWriter(folder, self.account.allocate), SegmentReader(folder)
+
+    def remove(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.reader.forget(number)
+        self.account.remove(numbers)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.reader.close()
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:

@@ -1,57 +1,67 @@
-"""Where the data of the samples are. A frame is one Arrow record batch, written once by one put and never changed.
-
-Frames lie in segments: files of a fixed size that have one writer each and are mapped by all who read them, without a
-copy. `docs/store_format.md` describes them for programs in other languages:
+"""Where the data of the samples are: segments, which are files of frames (`frames.py`) with one writer each.
 
     <folder>/000001.segment, 000002.segment, …
 
-    frame  = header of 64 bytes | Arrow IPC message | zeros up to a multiple of 64
-    header = magic "AFRM" | format u16 | kind u16 | length u64 | segment u64 | offset u64 | schema u64 | rows u32
-             | zeros u32 | xxh3-64 of the message | xxh3-64 of the header before this
+A writer is a client process; it appends to a segment of its own, whose number it got from the broker. Readers are all
+processes of the host; they map the files. The broker has the account: which segments there are and how many rows need
+each, but never data. `docs/store_format.md` describes the files for programs in other languages.
 
-Numbers are little-endian. A message of kind 1 is an Arrow schema, with its xxh3-64 as id; it comes before the first
-record batch (kind 2) that has it. A frame's id is the number of its segment · 2⁴⁰ + its offset, and never used again.
-
-The header is written when the message is there, so that whoever is killed in between leaves nothing that looks whole.
-A reader checks both checksums once for each frame, and then that the batch is valid Arrow: flipped, torn or forged
-bytes are an error with the frame's place, and never data.
+A segment's file is locked (flock) by its writer until the writer has rolled on to the next one *and* the broker has
+answered for every frame in it. It appears under its name with the lock already on it. So a segment that no row needs
+and whose lock can be had is one that nobody will ever name again, and may go; a writer that was killed loses its locks
+by that alone.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
-import struct
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from asyncflow.errors import DamagedData, LedgerError
-from asyncflow.store.schema import COLUMNS
+from asyncflow.errors import Closed, DamagedData, LedgerError
+from asyncflow.store.frames import (
+    BATCH,
+    HEADER_BYTES,
+    OFFSET_BITS,
+    SCHEMA,
+    Encoder,
+    Header,
+    aligned,
+    header_at,
+    headers_of,
+    message_of,
+    read_batch,
+    read_schema,
+)
 
-FORMAT: Final = 2
-MAGIC: Final = b"AFRM"
 SUFFIX: Final = ".segment"
+UNFINISHED: Final = ".new"
+"""A segment that its writer has not locked yet, or one whose writer was killed before."""
 SEGMENT_BYTES: Final = 64 << 20
 """Size of a segment, unless one frame needs more."""
-SCHEMA, BATCH = 1, 2
-HEADER = struct.Struct("<4sHHQQQQIIQ")
-"""All of the header but its own checksum."""
-HEADER_BYTES: Final = 64
-OFFSET_BITS: Final = 40
-Bytes = mmap.mmap | bytes | bytearray
+JOINED_BYTES: Final = 1 << 18
+"""A message up to this size is put together in memory first; the parts of a larger one go to the file as they are."""
+ENCODERS: Final = 64
 PARSED_FRAMES: Final = 4096
 """Frames that a reader has parsed and keeps; what they take is in the map, not in these."""
+MAPS: Final = 128
+"""Segments that a reader has mapped at the same time; each takes a file descriptor."""
+
+Frames = NDArray[np.int64]
+Offsets = NDArray[np.int32]
+Columns = Mapping[str, pa.DataType]
 
 
 def sync_file(path: Path) -> None:
@@ -67,186 +77,255 @@ def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06}{SUFFIX}"
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a frame says about itself."""
-
-    kind: int
-    length: int
-    """Bytes of the message."""
-    segment: int
-    offset: int
-    """Of the frame in its segment."""
-    schema: int
-    """Id of the Arrow schema."""
-    rows: int
-    checksum: int
-    """xxh3-64 of the message."""
-
-    @property
-    def frame(self) -> int:
-        return self.segment << OFFSET_BITS | self.offset
-
-    @property
-    def end(self) -> int:
-        """Where the next frame begins."""
-        return self.offset + aligned(HEADER_BYTES + self.length)
-
-    def pack(self) -> bytes:
-        values = HEADER.pack(
-            MAGIC, FORMAT, self.kind, self.length, self.segment, self.offset, self.schema, self.rows, 0, self.checksum
-        )
-        return values + xxhash.xxh3_64_intdigest(values).to_bytes(8, "little")
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Header | None:
-        """None: this is no header, or not all of it."""
-        values = data[: HEADER.size]
-        if len(data) < HEADER_BYTES or values[:4] != MAGIC:
-            return None
-        if xxhash.xxh3_64_intdigest(values) != int.from_bytes(data[HEADER.size : HEADER_BYTES], "little"):
-            return None
-        _, version, kind, length, segment, offset, schema, rows, _, checksum = HEADER.unpack(values)
-        if version != FORMAT:
-            raise LedgerError(f"a segment has format {version}, this program reads {FORMAT}: use the matching release")
-        return cls(kind, length, segment, offset, schema, rows, checksum)
+def segment_of(frame: int) -> int:
+    return frame >> OFFSET_BITS
 
 
-def aligned(size: int) -> int:
-    return -(-size // HEADER_BYTES) * HEADER_BYTES
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
-class _Sink:
-    """Where Arrow writes to: a map, from a place on that can be set."""
+class _Segment:
+    """A segment that is being written, or waits for the broker's answers."""
 
-    closed = False
-
-    def __init__(self, target: mmap.mmap) -> None:
-        self.place = 0
-        self._view = memoryview(target)
-
-    def write(self, data: bytes | pa.Buffer) -> int:
-        part = memoryview(data).cast("B")
-        self._view[self.place : self.place + len(part)] = part
-        self.place += len(part)
-        return len(part)
-
-    def flush(self) -> None:
-        """There is nothing between it and the map."""
+    def __init__(self, number: int, file: int, size: int) -> None:
+        self.number = number
+        self.file = file
+        """Its descriptor, which has the lock."""
+        self.size = size
+        self.end = 0
+        """Where the next frame goes."""
+        self.schemas: set[int] = set()
+        self.open_frames: set[int] = set()
+        """Frames for which the broker has not answered."""
+        self.sealed = False
+        """Nothing more will be appended."""
 
 
 class SegmentWriter:
-    """Appends frames to segments of its own. Thread-safe."""
+    """Appends frames to segments of its own. Thread-safe. A forked child must not use it, and keeps its locks alive."""
 
-    def __init__(self, folder: Path, number: int, *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Begins with segment `number`, and goes on with the numbers after it. Makes the folder. Raises OSError."""
+    def __init__(self, folder: Path, allocate: Callable[[], int], *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """`allocate` gives the number of the next segment, and is called when one is needed. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._allocate = allocate
         self._segment_bytes = segment_bytes
         self._lock = threading.Lock()
-        self.number = number - 1
-        """Of the segment that is being written."""
-        self._map: mmap.mmap | None = None
-        self._end = 0
-        self._schemas: dict[pa.Schema, tuple[int, pa.ipc.RecordBatchStreamWriter]] = {}
-        """Those that are in this segment → id, and who writes batches of it."""
-        self._sink: _Sink | None = None
-        self.written: set[int] = set()
-        """Segments that were written to since somebody emptied this."""
+        self._segments: dict[int, _Segment] = {}
+        self._current: _Segment | None = None
+        self._encoders: OrderedDict[pa.Schema, Encoder] = OrderedDict()
+        self._sync_lock = threading.Lock()
+        self._appended = self._synced = 0
+        """Frames that were appended, and how many of them a sync has covered."""
+        self._unsynced: set[int] = set()
+        """Segments that were written to since the last sync."""
+        self._failure: OSError | None = None
+        self._closed = False
 
     def append(self, batch: pa.RecordBatch) -> int:
-        """Write a frame, and return its id. Raises OSError when there is no room; then nothing was written."""
-        size = HEADER_BYTES + pa.ipc.get_record_batch_size(batch)
+        """Write a frame, and return its id. The caller settles it when the broker has answered for it.
+
+        Raises OSError when it cannot be written; then there is no frame. Raises ValueError for a schema that frames
+        do not have.
+        """
         with self._lock:
-            known = self._schemas.get(batch.schema)
-            if self._map is None or self._end + size + HEADER_BYTES > len(self._map) or known is None:
-                known = self._begin(batch.schema, size)
-            schema, writer = known
-            frame = self._write(writer, batch, schema)
-            self.written.add(self.number)
+            self._check()
+            encoder = self._encoder(batch.schema)
+            parts, size = encoder.encode(batch)
+            segment = self._room(size, encoder)
+            if encoder.schema_id not in segment.schemas:
+                message = encoder.schema_message
+                self._write(segment, SCHEMA, [message], len(message), schema=encoder.schema_id, rows=0)
+                segment.schemas.add(encoder.schema_id)
+            frame = self._write(segment, BATCH, parts, size, schema=encoder.schema_id, rows=len(batch))
+            segment.open_frames.add(frame)
+            self._unsynced.add(segment.number)
+            self._appended += 1
             return frame
 
-    def close(self) -> None:
-        """Give back what was not used of the last segment. May be called twice."""
+    def settle(self, frame: int) -> None:
+        """The broker has taken the frame, or has refused it: no call that names it is under way."""
         with self._lock:
+            if segment := self._segments.get(segment_of(frame)):
+                segment.open_frames.discard(frame)
+                self._release(segment)
+
+    def sync(self) -> None:
+        """Make every frame so far survive a power cut. Threads that come together share one.
+
+        Raises OSError. The writer is of no use afterwards: what a failed sync has lost cannot be known.
+        """
+        with self._lock:
+            wanted = self._appended
+        with self._sync_lock:
+            with self._lock:
+                self._check()
+                if self._synced >= wanted:
+                    return
+                covered, numbers, self._unsynced = self._appended, self._unsynced, set()
+                files = {number: os.dup(self._segments[number].file) for number in numbers & self._segments.keys()}
+            try:
+                for number in numbers:
+                    self._sync(number, files.pop(number, None))
+                sync_file(self._folder)
+            except OSError as error:
+                with self._lock:
+                    self._failure = error
+                raise
+            finally:
+                for file in files.values():
+                    os.close(file)
+            self._synced = covered
+
+    def close(self) -> None:
+        """Give back what was not used of the last segment, and all locks. May be called twice."""
+        with self._lock:
+            self._closed = True
             self._seal()
+            for segment in list(self._segments.values()):
+                segment.open_frames.clear()
+                self._release(segment)
 
-    def _begin(self, schema: pa.Schema, size: int) -> tuple[int, pa.ipc.RecordBatchStreamWriter]:
-        """Have room for a frame of so many bytes behind its schema."""
-        message = schema.serialize()
-        needed = size + 4 * HEADER_BYTES + 2 * message.size
-        if self._map is None or self._end + needed > len(self._map):
-            self._roll(max(self._segment_bytes, aligned(needed)))
-        assert self._map is not None
-        assert self._sink is not None
-        # Arrow writes the schema of a stream with its first batch. This one is empty, and is written over by the next.
-        self._sink.place = self._end
-        writer = pa.ipc.new_stream(self._sink, schema)
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema))
-        schema_id = xxhash.xxh3_64_intdigest(memoryview(message))
-        self._map[self._end + HEADER_BYTES : self._end + HEADER_BYTES + message.size] = message.to_pybytes()
-        self._finish(SCHEMA, message.size, schema_id, rows=0)
-        self._schemas[schema] = schema_id, writer
-        return schema_id, writer
+    def _check(self) -> None:
+        if self._closed:
+            raise Closed("the writer of the samples' data is closed")
+        if self._failure is not None:
+            raise OSError(self._failure.errno, f"an earlier sync has failed: {self._failure}")
 
-    def _write(self, writer: pa.ipc.RecordBatchStreamWriter, batch: pa.RecordBatch, schema: int) -> int:
-        assert self._sink is not None
-        begin = self._end + HEADER_BYTES
-        self._sink.place = begin
-        writer.write_batch(batch)
-        return self._finish(BATCH, self._sink.place - begin, schema, rows=len(batch))
+    def _encoder(self, schema: pa.Schema) -> Encoder:
+        encoder = self._encoders.get(schema)
+        if encoder is None:
+            encoder = self._encoders[schema] = Encoder(schema)
+            if len(self._encoders) > ENCODERS:
+                self._encoders.popitem(last=False)
+        return encoder
 
-    def _finish(self, kind: int, length: int, schema: int, *, rows: int) -> int:
-        """The message is there: write the header in front of it, and go on behind it."""
-        assert self._map is not None
-        begin = self._end + HEADER_BYTES
-        with memoryview(self._map) as view, view[begin : begin + length] as message:
-            checksum = xxhash.xxh3_64_intdigest(message)
-        header = Header(kind, length, self.number, self._end, schema, rows, checksum)
-        # What was here before must not look like a header; there is always room for one more.
-        self._map[header.end : header.end + 4] = bytes(4)
-        self._map[self._end : begin] = header.pack()
-        self._end = header.end
+    def _room(self, size: int, encoder: Encoder) -> _Segment:
+        """The segment for a message of so many bytes."""
+        needed = aligned(HEADER_BYTES + size)
+        current = self._current
+        if current is not None:
+            schema = 0 if encoder.schema_id in current.schemas else aligned(HEADER_BYTES + len(encoder.schema_message))
+            if current.end + schema + needed <= current.size:
+                return current
+        needed += aligned(HEADER_BYTES + len(encoder.schema_message))
+        new = self._create(max(aligned(self._segment_bytes), needed))
+        self._seal()
+        self._current = self._segments[new.number] = new
+        return new
+
+    def _create(self, size: int) -> _Segment:
+        while True:
+            number = self._allocate()
+            path = segment_path(self._folder, number)
+            unfinished = path.with_suffix(UNFINISHED)
+            # A number that was given out by a broker that was killed may be given out once more: take the next then.
+            try:
+                file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # All of it now, so that a full disk is told before anything is written.
+                os.posix_fallocate(file, 0, size)
+                # This very file, whatever has its first name by now. With a folder given, Python follows the link.
+                os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file)
+            except (FileExistsError, FileNotFoundError, BlockingIOError):
+                os.close(file)
+                continue
+            except OSError:
+                os.close(file)
+                raise
+            finally:
+                unfinished.unlink(missing_ok=True)
+            return _Segment(number, file, size)
+
+    def _write(
+        self, segment: _Segment, kind: int, parts: Sequence[bytes | pa.Buffer], length: int, *, schema: int, rows: int
+    ) -> int:
+        if length <= JOINED_BYTES:
+            parts = [b"".join(parts)]
+        digest = xxhash.xxh3_64()
+        for part in parts:
+            digest.update(part)
+        header = Header(kind, length, segment.number, segment.end, schema, rows, digest.intdigest())
+        padding = bytes(header.end - header.offset - HEADER_BYTES - length)
+        try:
+            # Not through a map: its pages would be filled with zeros first, one fault at a time.
+            _write_all(segment.file, [header.pack(), *parts, padding], segment.end)
+        except OSError:
+            self._seal()  # what it left behind must not be taken for a frame by who reads on
+            raise
+        segment.end = header.end
         return header.frame
 
-    def _roll(self, size: int) -> None:
-        path = segment_path(self._folder, self.number + 1)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            # All of it now: a full disk is told here, and not by a signal when the map is written to.
-            os.posix_fallocate(file, 0, size)
-            new = mmap.mmap(file, size)
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(file)
-        self._seal()
-        self.number += 1
-        self._map, self._end = new, 0
-        self._sink = _Sink(new)
-
     def _seal(self) -> None:
-        if self._map is None:
+        segment, self._current = self._current, None
+        if segment is None:
             return
-        self._schemas.clear()
-        path, size = segment_path(self._folder, self.number), len(self._map)
-        self._map = self._sink = None  # the map goes when nobody has a view of it any more
+        segment.sealed = True
         with suppress(OSError):  # it only takes more room than it need
             # Its blocks behind the end are given back. It stays as long as it was, since others may have mapped it.
-            os.truncate(path, self._end)
-            os.truncate(path, size)
+            os.truncate(segment.file, segment.end)
+            os.truncate(segment.file, segment.size)
+        self._release(segment)
+
+    def _release(self, segment: _Segment) -> None:
+        """Give back the lock of a segment when nobody will name anything in it that the broker does not know."""
+        if segment.sealed and not segment.open_frames:
+            os.close(segment.file)
+            del self._segments[segment.number]
+
+    def _sync(self, number: int, file: int | None) -> None:
+        """Sync a segment. `file`: its descriptor, which is closed; None when the writer has closed it already."""
+        if file is None:
+            try:
+                file = os.open(segment_path(self._folder, number), os.O_RDONLY)
+            except FileNotFoundError:
+                return  # nobody needed it any more
+        try:
+            os.fdatasync(file)
+        finally:
+            os.close(file)
+
+
+def _write_all(file: int, parts: Sequence[bytes | pa.Buffer], offset: int) -> None:
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    most = os.sysconf("SC_IOV_MAX")
+    while views:
+        written = os.pwritev(file, views[:most], offset)
+        offset += written
+        while views and written >= len(views[0]):
+            written -= len(views.pop(0))
+        if written:
+            views[0] = views[0][written:]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Map:
+    """A segment that is mapped."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            # A copy on write, so that a tensor over it may be written to; torch warns about others.
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.path = path
+        self.schemas: dict[int, pa.Schema] = {}
 
 
 class SegmentReader:
-    """Reads frames of all segments in a folder, checked once each, as views of the files. Thread-safe."""
+    """Reads frames of all segments in a folder, checked once each, as views of the files. Thread-safe.
+
+    Views may be written to. The file stays as it is, but this reader may give the changed bytes to others who ask for
+    the same frame.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._maps: dict[int, mmap.mmap] = {}
-        self._schemas: dict[tuple[int, int], pa.Schema] = {}
-        """(Segment, id) → schema."""
+        self._maps: OrderedDict[int, _Map] = OrderedDict()
         self._parsed: OrderedDict[int, pa.RecordBatch] = OrderedDict()
 
     def batch(self, frame: int) -> pa.RecordBatch:
@@ -256,260 +335,330 @@ class SegmentReader:
         """
         with self._lock:
             batch = self._parsed.get(frame)
-            if batch is None:
-                batch = self._parsed[frame] = self._parse(frame)
-                if len(self._parsed) > PARSED_FRAMES:
-                    self._parsed.popitem(last=False)
-            return batch
+            if batch is not None:
+                self._parsed.move_to_end(frame)
+                return batch
+        batch = self._parse(frame)
+        with self._lock:
+            self._parsed[frame] = batch
+            if len(self._parsed) > PARSED_FRAMES:
+                self._parsed.popitem(last=False)
+        return batch
+
+    def read(self, columns: Columns, frames: Frames, offsets: Offsets) -> list[pa.Array]:
+        """One array for each column, with the values at the places (frame, row of the frame). Raises DamagedData."""
+        return gather(self.batch, columns, frames, offsets)
 
     def forget(self, segment: int) -> None:
         """Nobody asks for this segment any more."""
         with self._lock:
-            self._maps.pop(segment, None)
-            for frame in [frame for frame in self._parsed if frame >> OFFSET_BITS == segment]:
-                del self._parsed[frame]
-            for key in [key for key in self._schemas if key[0] == segment]:
-                del self._schemas[key]
+            self._drop([segment])
 
     def close(self) -> None:
+        """What was read stays valid. May be called twice."""
         with self._lock:
             self._maps.clear()
             self._parsed.clear()
-            self._schemas.clear()
 
     def _parse(self, frame: int) -> pa.RecordBatch:
-        segment, offset = frame >> OFFSET_BITS, frame & ((1 << OFFSET_BITS) - 1)
+        segment, offset = segment_of(frame), frame & ((1 << OFFSET_BITS) - 1)
         try:
-            data = self._map(segment)
-            header = header_at(data, segment, offset)
-            message = message_of(data, header)
-            if header.kind != BATCH:
-                raise ValueError("it is no record batch")
-            schema = self._schemas.get((segment, header.schema)) or self._find_schema(segment, data, header.schema)
-            batch = read_batch(message, schema)
-            if len(batch) != header.rows:
-                raise ValueError(f"it has {len(batch)} rows and not {header.rows}")
+            try:
+                return _parse(self._map(segment), segment, offset)
+            except (ValueError, pa.ArrowException):
+                # A page that somebody wrote to through a view does not show what the writer has put there since.
+                with self._lock:
+                    self._drop([segment])
+                return _parse(self._map(segment), segment, offset)
         except (OSError, ValueError, pa.ArrowException) as error:
             path = segment_path(self._folder, segment)
             raise DamagedData(f"{path} is damaged at byte {offset}: {error}", frame=frame) from None
-        return batch
 
-    def _map(self, segment: int) -> mmap.mmap:
-        data = self._maps.get(segment)
-        if data is None:
-            with segment_path(self._folder, segment).open("rb") as file:
-                # A copy on write, so that a tensor over it may be written to; torch warns about others.
-                data = self._maps[segment] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return data
+    def _map(self, segment: int) -> _Map:
+        with self._lock:
+            mapped = self._maps.get(segment)
+            if mapped is None:
+                mapped = _Map(segment_path(self._folder, segment))
+                # The disk has no use of a file's removal before its map has gone.
+                self._drop([number for number, other in self._maps.items() if not other.path.exists()])
+                self._maps[segment] = mapped
+                self._drop(list(self._maps)[:-MAPS])
+            self._maps.move_to_end(segment)
+            return mapped
 
-    def _find_schema(self, segment: int, data: Bytes, schema_id: int) -> pa.Schema:
-        for header in headers_of(data, segment):
-            if header.kind == SCHEMA and header.schema == schema_id:
-                schema = self._schemas[segment, schema_id] = pa.ipc.read_schema(message_of(data, header))
-                return schema
-        raise ValueError("its schema is missing")
-
-
-def header_at(data: Bytes, segment: int, offset: int) -> Header:
-    """The header at a place. Raises ValueError when there is none."""
-    header = Header.unpack(bytes(data[offset : offset + HEADER_BYTES]))
-    if header is None or (header.segment, header.offset) != (segment, offset):
-        raise ValueError("there is no frame")
-    if offset + HEADER_BYTES + header.length > len(data):
-        raise ValueError("the end of the frame is missing")
-    return header
+    def _drop(self, segments: Iterable[int]) -> None:
+        gone = set(segments)
+        if gone:
+            for segment in gone:
+                self._maps.pop(segment, None)
+            for frame in [frame for frame in self._parsed if segment_of(frame) in gone]:
+                del self._parsed[frame]
 
 
-def message_of(data: Bytes, header: Header) -> pa.Buffer:
-    """The message behind a header. Raises ValueError when its bytes are not those that were written."""
-    message = pa.py_buffer(data).slice(header.offset + HEADER_BYTES, header.length)
-    if xxhash.xxh3_64_intdigest(memoryview(message)) != header.checksum:
-        raise ValueError("its bytes are not what was written")
-    return message
-
-
-def headers_of(data: Bytes, segment: int) -> Iterator[Header]:
-    """All headers from the beginning of a segment, up to the first place where there is none. What is behind one of
-    them may still be damaged."""
-    offset = 0
-    while offset + HEADER_BYTES <= len(data):
-        try:
-            header = header_at(data, segment, offset)
-        except ValueError:
-            return
-        yield header
-        offset = header.end
-
-
-def read_batch(message: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
-    """An Arrow IPC message as a batch that is safe to use. Raises ValueError or ArrowException.
-
-    Bytes from elsewhere can crash whoever reads them: Arrow's own check of all values is the only one that has stopped
-    this. A compressed body is refused before, since it may be any number of times as large.
-    """
-    parsed = pa.ipc.read_message(message)
-    if parsed.body is not None and _is_compressed(parsed):
-        raise ValueError("its body is compressed")
-    batch = pa.ipc.read_record_batch(parsed, schema)
-    batch.validate(full=True)
+def _parse(mapped: _Map, segment: int, offset: int) -> pa.RecordBatch:
+    """Raises ValueError or ArrowException."""
+    header = header_at(mapped.data, segment, offset)
+    message = message_of(mapped.data, header)
+    if header.kind != BATCH:
+        raise ValueError("it is no record batch")
+    batch = read_batch(message, _schema(mapped, segment, header.schema))
+    if len(batch) != header.rows:
+        raise ValueError(f"it has {len(batch)} rows and not {header.rows}")
     return batch
 
 
-def _is_compressed(message: pa.ipc.Message) -> bool:
-    """Whether a record batch message names a codec, which is the fourth field of its flatbuffer's header table
-    (https://github.com/apache/arrow/blob/main/format/Message.fbs)."""
-    data = memoryview(message.metadata)
-    try:
-        root = struct.unpack_from("<I", data)[0]
-        header = _field(data, root, 2)
-        if header is None:
-            raise ValueError("it has no header")
-        return _field(data, header + struct.unpack_from("<I", data, header)[0], 3) is not None
-    except struct.error:
-        raise ValueError("its metadata are no flatbuffer") from None
+def _schema(mapped: _Map, segment: int, schema_id: int) -> pa.Schema:
+    schema = mapped.schemas.get(schema_id)
+    if schema is None:
+        for header in headers_of(mapped.data, segment):
+            if header.kind == SCHEMA and header.schema == schema_id:
+                schema = mapped.schemas[schema_id] = read_schema(message_of(mapped.data, header))
+                break
+        else:
+            raise ValueError("its schema is missing")
+    return schema
 
 
-def _field(data: memoryview, table: int, number: int) -> int | None:
-    """Where a field of a flatbuffer's table is; None when the table does not have it."""
-    entries = table - struct.unpack_from("<i", data, table)[0]
-    if entries < 0 or 4 + 2 * number >= struct.unpack_from("<H", data, entries)[0]:
-        return None
-    place = struct.unpack_from("<H", data, entries + 4 + 2 * number)[0]
-    return table + place if place else None
+def gather(
+    batch_of: Callable[[int], pa.RecordBatch], columns: Columns, frames: Frames, offsets: Offsets
+) -> list[pa.Array]:
+    """One array for each column, with the values at the places (frame, row of the frame), frame by frame.
+
+    Rows of one frame that follow each other are not copied. Raises DamagedData.
+    """
+    if not len(frames):
+        return [pa.array([], kind) for kind in columns.values()]
+    order = None if (frames[1:] >= frames[:-1]).all() else np.argsort(frames, kind="stable")
+    if order is not None:
+        frames, offsets = frames[order], offsets[order]
+    begins = [0, *(np.flatnonzero(np.diff(frames)) + 1).tolist()]
+    pieces: list[list[pa.Array]] = [[] for _ in columns]
+    for begin, end in zip(begins, [*begins[1:], len(frames)], strict=True):
+        batch, rows = _columns(batch_of, int(frames[begin]), columns), offsets[begin:end]
+        if rows.min() < 0 or rows.max() >= len(batch):
+            raise DamagedData(f"a frame of {len(batch)} rows has no row {rows.max()}", frame=int(frames[begin]))
+        in_a_row = (np.diff(rows) == 1).all()
+        batch = batch.slice(int(rows[0]), len(rows)) if in_a_row else batch.take(pa.array(rows))
+        for piece, column in zip(pieces, batch.columns, strict=True):
+            piece.append(column)
+    arrays = [piece[0] if len(piece) == 1 else pa.concat_arrays(piece) for piece in pieces]
+    if order is None:
+        return arrays
+    back = np.empty(len(order), np.int64)
+    back[order] = np.arange(len(order))
+    return [array.take(pa.array(back)) for array in arrays]
 
 
-class Segments(ABC):
-    """Where the frames are, and which of them are needed."""
+def _columns(batch_of: Callable[[int], pa.RecordBatch], frame: int, columns: Columns) -> pa.RecordBatch:
+    """These columns of a frame. Raises DamagedData when it does not have them in these types."""
+    batch = batch_of(frame)
+    for name, kind in columns.items():
+        if batch.schema.names.count(name) != 1 or batch.schema.field(name).type != kind:
+            raise DamagedData(f"frame {frame} does not have the column {name} as {kind}", frame=frame)
+    return batch.select(list(columns))
+
+
+# -- the broker's account ----------------------------------------------------------------------------------------------
+
+
+class Shelf(Protocol):
+    """Where the segments of an account are."""
 
     @abstractmethod
-    def write(self, batch: pa.RecordBatch, *, rows: int) -> int:
-        """Keep a frame until `rows` rows have released it. Returns its id. Raises LedgerError when the disk is full."""
+    def present(self) -> list[int]:
+        """Numbers of the segments that are there already."""
 
     @abstractmethod
-    def release(self, frame: int, rows: int = 1) -> None:
-        """Say that so many rows do not need the frame any more."""
+    def in_use(self, number: int) -> bool:
+        """Whether a writer may still append to the segment, or name a frame of it for the first time."""
 
     @abstractmethod
-    def batch(self, frame: int) -> pa.RecordBatch:
-        """Raises DamagedData."""
+    def remove(self, number: int) -> None:
+        """Remove a segment, if it is there."""
 
-    def gather(self, column: str, frames: NDArray[np.int64], offsets: NDArray[np.int32]) -> pa.Array:
-        """One array with the value at each place (frame, row of the frame). Raises DamagedData."""
-        pieces = []
-        ends = [*(np.flatnonzero(np.diff(frames)) + 1).tolist(), len(frames)] if len(frames) else []
-        for begin, end in zip([0, *ends], ends, strict=False):
-            values, rows = self.batch(int(frames[begin])).column(column), offsets[begin:end]
-            if (np.diff(rows) == 1).all():
-                pieces.append(values.slice(int(rows[0]), len(rows)))
-            else:
-                pieces.append(values.take(pa.array(rows)))
-        return pa.concat_arrays(pieces) if pieces else pa.array([], COLUMNS[column])
-
-    def unsynced(self) -> list[Path]:
-        """What was written to since the last call: who syncs these makes their frames survive a power cut."""
-        return []
-
-    def unneeded(self) -> list[Path]:
-        """Files, since the last call, without any frame that is needed: to be removed when the ledger is on disk."""
-        return []
-
-    def close(self) -> None:  # noqa: B027
-        """May be called twice."""
+    @abstractmethod
+    def sync(self, numbers: Iterable[int]) -> None:
+        """Make these segments survive a power cut. Raises OSError."""
 
 
-class MemorySegments(Segments):
-    """Frames in the memory of this process (durability `memory`: they do not outlive it)."""
+class SegmentFolder(Shelf):
+    """Segments in files."""
 
-    def __init__(self) -> None:
-        self.frames: dict[int, pa.RecordBatch] = {}
-        self._rows: Counter[int] = Counter()
-        self._next = 0
-
-    def write(self, batch: pa.RecordBatch, *, rows: int) -> int:
-        frame, self._next = self._next, self._next + 1
-        self.frames[frame], self._rows[frame] = batch, rows
-        return frame
-
-    def release(self, frame: int, rows: int = 1) -> None:
-        self._rows[frame] -= rows
-        if not self._rows[frame]:
-            del self.frames[frame], self._rows[frame]
-
-    def batch(self, frame: int) -> pa.RecordBatch:
-        return self.frames[frame]
-
-
-class FileSegments(Segments):
-    """Frames in files (durability `process`), read from maps of them."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        needed: Mapping[int, int] | None = None,
-        after: int = 0,
-        segment_bytes: int = SEGMENT_BYTES,
-    ) -> None:
-        """Begin a segment in `folder`, where earlier ones hold the frames that are `needed` (frame → rows).
-
-        `after`: the last frame that there ever was. Raises LedgerError when a segment with some of the needed frames is
-        missing, or the folder cannot be written.
-        """
-        self._folder = folder
-        self._unneeded: set[int] = set()
-        self._live: Counter[int] = Counter()
-        """Segment → rows that need some frame of it."""
-        for frame, rows in (needed or {}).items():
-            self._live[frame >> OFFSET_BITS] += rows
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. Raises LedgerError when it cannot be made or read, or holds another format."""
+        self.folder = folder
         try:
-            there = sorted(int(path.stem) for path in folder.glob(f"*{SUFFIX}"))
-            if missing := sorted(self._live.keys() - set(there)):
-                raise LedgerError(
-                    f"{segment_path(folder, missing[0])} is missing, so the run cannot go on with its samples: "
-                    "restore the file, or start a new run from the last checkpoint's weights"
-                )
-            self._unneeded.update(number for number in there if not self._live[number])
-            last = max([*there, after >> OFFSET_BITS])
-            self._writer = SegmentWriter(folder, last + 1, segment_bytes=segment_bytes)
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f"*{UNFINISHED}"):
+                if not _locked(path):
+                    path.unlink(missing_ok=True)
+            for number in self.present():
+                _check_format(segment_path(folder, number))
         except OSError as error:
             raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
-        self._reader = SegmentReader(folder)
 
-    def write(self, batch: pa.RecordBatch, *, rows: int) -> int:
-        before = self._writer.number
+    def present(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
+
+    def in_use(self, number: int) -> bool:
+        path = segment_path(self.folder, number)
+        # One that is not there is still to be made, with the lock on it.
+        return _locked(path) if path.exists() else True
+
+    def remove(self, number: int) -> None:
+        segment_path(self.folder, number).unlink(missing_ok=True)
+
+    def sync(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            with suppress(FileNotFoundError):
+                sync_file(segment_path(self.folder, number))
+        sync_file(self.folder)
+
+
+def _locked(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _check_format(path: Path) -> None:
+    with path.open("rb") as file:
         try:
-            frame = self._writer.append(batch)
-        except OSError as error:
+            Header.unpack(file.read(HEADER_BYTES))
+        except ValueError as error:
+            raise LedgerError(f"{path}: {error}") from None
+
+
+class Account:
+    """Which segments there are, and how many rows need each. No data. The caller has a lock around every call."""
+
+    def __init__(self, shelf: Shelf, frames: Mapping[int, int] | None = None, *, after: int = 0) -> None:
+        """`frames`: the frames that are needed → by how many rows. `after`: the last frame that there ever was.
+
+        Raises LedgerError when a segment with some of them is missing.
+        """
+        self._shelf = shelf
+        self._rows: Counter[int] = Counter()
+        """Segment → rows that need some frame of it."""
+        for frame, rows in (frames or {}).items():
+            self._rows[segment_of(frame)] += rows
+        self._known = set(shelf.present())
+        if missing := sorted(self._rows.keys() - self._known):
             raise LedgerError(
-                f"the data of a sample cannot be written to {self._folder} ({error}): see that its disk has room"
-            ) from error
-        self._live[frame >> OFFSET_BITS] += rows
-        if before != self._writer.number:
-            self._note_if_unneeded(before)
+                f"segment {missing[0]} of the samples' data is missing, so the run cannot go on with its samples: "
+                f"restore the file {segment_path(Path(), missing[0])}, or start a new run from the last checkpoint"
+            )
+        self._last = max([*self._known, segment_of(after)])
+        self._unsynced: set[int] = set()
+        self._unneeded: set[int] = self._known - self._rows.keys()
+        """Segments without a needed row, which may be in use."""
+
+    def allocate(self) -> int:
+        """The number of a segment for whoever asks. It is never given out again."""
+        self._last += 1
+        self._known.add(self._last)
+        self._unneeded.add(self._last)
+        return self._last
+
+    def knows(self, frame: int) -> bool:
+        """Whether the frame can be there. False: its number was never given out, or the segment was removed."""
+        return segment_of(frame) in self._known
+
+    def hold(self, frame: int, rows: int) -> None:
+        """So many rows need the frame."""
+        number = segment_of(frame)
+        self._rows[number] += rows
+        self._unneeded.discard(number)
+        self._unsynced.add(number)
+
+    def release(self, frame: int, rows: int) -> None:
+        """So many rows do not need the frame any more."""
+        number = segment_of(frame)
+        self._rows[number] -= rows
+        if not self._rows[number]:
+            del self._rows[number]
+            self._unneeded.add(number)
+
+    def unsynced(self) -> list[int]:
+        """Segments with frames that were held since the last call: a power cut can still take these."""
+        unsynced, self._unsynced = self._unsynced, set()
+        return sorted(unsynced)
+
+    def unneeded(self) -> list[int]:
+        """Segments that no row needs and no writer uses, to be removed when the ledger is on disk. They are not known
+        any more; each is named once."""
+        unneeded = sorted(number for number in self._unneeded if not self._shelf.in_use(number))
+        self._unneeded.difference_update(unneeded)
+        self._known.difference_update(unneeded)
+        self._unsynced.difference_update(unneeded)
+        return unneeded
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove segments that `unneeded` has named. Needs no lock."""
+        for number in numbers:
+            self._shelf.remove(number)
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+class MemoryFrames(Shelf):
+    """Writer, reader and shelf in the memory of this process (durability `memory`: nothing outlives it).
+
+    Each frame is a segment of its own. Thread-safe.
+    """
+
+    def __init__(self, allocate: Callable[[], int] | None = None) -> None:
+        self.allocate = allocate
+        """To be set before the first append: the account is made after its shelf."""
+        self.frames: dict[int, pa.RecordBatch] = {}
+        self._open: set[int] = set()
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        assert self.allocate is not None
+        number = self.allocate()
+        frame = number << OFFSET_BITS
+        self._open.add(number)
+        self.frames[frame] = batch
         return frame
 
-    def release(self, frame: int, rows: int = 1) -> None:
-        number = frame >> OFFSET_BITS
-        self._live[number] -= rows
-        self._note_if_unneeded(number)
+    def settle(self, frame: int) -> None:
+        self._open.discard(segment_of(frame))
 
     def batch(self, frame: int) -> pa.RecordBatch:
-        return self._reader.batch(frame)
+        """Raises DamagedData when it is not there."""
+        try:
+            return self.frames[frame]
+        except KeyError:
+            raise DamagedData(f"frame {frame} is not there any more", frame=frame) from None
 
-    def unsynced(self) -> list[Path]:
-        written, self._writer.written = self._writer.written, set()
-        return [*(segment_path(self._folder, number) for number in sorted(written)), self._folder]
+    def read(self, columns: Columns, frames: Frames, offsets: Offsets) -> list[pa.Array]:
+        """As `SegmentReader.read`."""
+        return gather(self.batch, columns, frames, offsets)
 
-    def unneeded(self) -> list[Path]:
-        unneeded, self._unneeded = self._unneeded, set()
-        return [segment_path(self._folder, number) for number in sorted(unneeded)]
+    def forget(self, segment: int) -> None:
+        """There is nothing but the data, which `remove` takes."""
 
     def close(self) -> None:
-        self._writer.close()
-        self._reader.close()
+        """Whoever has read something keeps it."""
 
-    def _note_if_unneeded(self, number: int) -> None:
-        if self._live.get(number) == 0 and number != self._writer.number:
-            del self._live[number]
-            self._reader.forget(number)
-            self._unneeded.add(number)
+    def present(self) -> list[int]:
+        return []
+
+    def in_use(self, number: int) -> bool:
+        # Between a number and its frame there is a moment without either.
+        return number in self._open or number << OFFSET_BITS not in self.frames
+
+    def remove(self, number: int) -> None:
+        self.frames.pop(number << OFFSET_BITS, None)
+
+    def sync(self, numbers: Iterable[int] = ()) -> None:
+        """There is no disk."""
