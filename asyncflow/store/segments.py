@@ -20,7 +20,7 @@ import os
 import threading
 from abc import abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -31,6 +31,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from asyncflow.errors import Closed, DamagedData, LedgerError
+from asyncflow.store.bulk import Layout, Mapped, Span, typed
 from asyncflow.store.frames import (
     BATCH,
     HEADER_BYTES,
@@ -53,7 +54,12 @@ SEGMENT_BYTES: Final = 64 << 20
 """Size of a segment, unless one frame needs more."""
 JOINED_BYTES: Final = 1 << 18
 """A message up to this size is put together in memory first; the parts of a larger one go to the file as they are."""
+MOST_PARTS: Final = 1024
+"""IOV_MAX: the parts that the system takes in one call."""
 ENCODERS: Final = 64
+MANY_FRAMES: Final = 4
+"""So many frames in one call are read at once, and copied; rows of fewer are views of the map."""
+LAYOUTS: Final = 256
 PARSED_FRAMES: Final = 4096
 """Frames that a reader has parsed and keeps; what they take is in the map, not in these."""
 MAPS: Final = 128
@@ -245,14 +251,17 @@ class SegmentWriter:
     ) -> int:
         if length <= JOINED_BYTES:
             parts = [b"".join(parts)]
-        digest = xxhash.xxh3_64()
-        for part in parts:
-            digest.update(part)
-        header = Header(kind, length, segment.number, segment.end, schema, rows, digest.intdigest())
+            checksum = xxhash.xxh3_64_intdigest(parts[0])
+        else:
+            digest = xxhash.xxh3_64()
+            for part in parts:
+                digest.update(part)
+            checksum = digest.intdigest()
+        header = Header(kind, length, segment.number, segment.end, schema, rows, checksum)
         padding = bytes(header.end - header.offset - HEADER_BYTES - length)
         try:
             # Not through a map: its pages would be filled with zeros first, one fault at a time.
-            _write_all(segment.file, [header.pack(), *parts, padding], segment.end)
+            _write_all(segment.file, [header.pack(), *parts, padding], header.end - header.offset, segment.end)
         except OSError:
             self._seal()  # what it left behind must not be taken for a frame by who reads on
             raise
@@ -276,29 +285,37 @@ class SegmentWriter:
             os.close(segment.file)
             del self._segments[segment.number]
 
-    def _sync(self, number: int, file: int | None) -> None:
-        """Sync a segment. `file`: its descriptor, which is closed; None when the writer has closed it already."""
+    def _sync(self, number: int, file: int | None) -> bool:
+        """Sync a segment. `file`: its descriptor, which is closed; None when the writer has closed it already.
+
+        False: the segment is not there any more, since nobody needed it.
+        """
         if file is None:
             try:
                 file = os.open(segment_path(self._folder, number), os.O_RDONLY)
             except FileNotFoundError:
-                return  # nobody needed it any more
+                return False
         try:
             os.fdatasync(file)
         finally:
             os.close(file)
+        return True
 
 
-def _write_all(file: int, parts: Sequence[bytes | pa.Buffer], offset: int) -> None:
+def _write_all(file: int, parts: Sequence[bytes | pa.Buffer], size: int, offset: int) -> None:
+    """Write parts of this size in all one behind the other. Raises OSError."""
+    written = os.pwritev(file, parts[:MOST_PARTS], offset)
+    if written == size:
+        return
     views = [memoryview(part).cast("B") for part in parts if len(part)]
-    most = os.sysconf("SC_IOV_MAX")
-    while views:
-        written = os.pwritev(file, views[:most], offset)
+    while True:
         offset += written
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
+        if not views:
+            return
+        views[0] = views[0][written:]
+        written = os.pwritev(file, views[:MOST_PARTS], offset)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -311,6 +328,9 @@ class _Map:
         with path.open("rb") as file:
             # A copy on write, so that a tensor over it may be written to; torch warns about others.
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if len(self.data) < HEADER_BYTES:
+            raise ValueError("there is no frame")
+        self.bytes = Mapped(self.data)
         self.path = path
         self.schemas: dict[int, pa.Schema] = {}
 
@@ -327,6 +347,8 @@ class SegmentReader:
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, _Map] = OrderedDict()
         self._parsed: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._layouts: dict[int, Layout | None] = {}
+        """Schema → the layout of its record batches; None when they are not read many at once."""
 
     def batch(self, frame: int) -> pa.RecordBatch:
         """A frame's batch. Valid as long as somebody holds it, also when the segment is removed meanwhile.
@@ -346,8 +368,22 @@ class SegmentReader:
         return batch
 
     def read(self, columns: Columns, frames: Frames, offsets: Offsets) -> list[pa.Array]:
-        """One array for each column, with the values at the places (frame, row of the frame). Raises DamagedData."""
-        return gather(self.batch, columns, frames, offsets)
+        """One array for each column, with the values at the places (frame, row of the frame). Raises DamagedData.
+
+        Rows of few frames are views of the map, as those of `batch`; those of many frames are copied together.
+        """
+        unique, index = np.unique(frames, return_inverse=True)
+        if len(unique) < MANY_FRAMES:
+            return gather(self.batch, columns, frames, offsets)
+        # Samples of a group have the same prompt: each place once.
+        places, back = np.unique(index.astype(np.int64) << 32 | offsets.astype(np.uint32), return_inverse=True)
+        try:
+            arrays = self._read_many(columns, unique, places >> 32, places & 0xFFFFFFFF, back)
+            for array in arrays:
+                array.validate(full=True)
+        except (ValueError, pa.ArrowException):
+            return gather(self.batch, columns, frames, offsets)  # which knows the frame that is to blame
+        return arrays
 
     def forget(self, segment: int) -> None:
         """Nobody asks for this segment any more."""
@@ -359,6 +395,69 @@ class SegmentReader:
         with self._lock:
             self._maps.clear()
             self._parsed.clear()
+
+    def _read_many(self, columns: Columns, unique: Frames, index: Frames, rows: Frames, back: Frames) -> list[pa.Array]:
+        """Values at the places (index of the frame, row), which are sorted, in the order of `back`."""
+        names = list(columns)
+        pieces: list[tuple[Mapped, Layout, Frames, list[Span]]] = []
+        left = np.ones(len(index), np.bool_)
+        """Places that are to be read in the ordinary way."""
+        for mapped, layout, headers, members in self._alike(columns, unique):
+            number = np.full(len(unique), -1, np.int64)
+            number[members] = np.arange(len(members))
+            there = np.flatnonzero(number[index] >= 0)
+            spans, right = mapped.spans(layout, names, headers, number[index[there]], rows[there])
+            keep = right[number[index[there]]]
+            if keep.any():
+                pieces.append((mapped, layout, there[keep], [(begin[keep], end[keep]) for begin, end in spans]))
+                left[there[keep]] = False
+        columns_of = [[piece[1].columns[name] for piece in pieces] for name in names]
+        if len(pieces) == 1 and not left.any():
+            mapped, _, _, spans = pieces[0]
+            return [typed(of[0], mapped.cut(of[0], span, back)) for of, span in zip(columns_of, spans, strict=True)]
+        cuts = [
+            pa.concat_arrays([piece[0].cut(kind, piece[3][i], None) for kind, piece in zip(of, pieces, strict=True)])
+            for i, of in enumerate(columns_of)
+            if pieces
+        ]
+        place = np.empty(len(index), np.int64)
+        place[np.concatenate([*(piece[2] for piece in pieces), np.flatnonzero(left)])] = np.arange(len(index))
+        order = pa.array(place[back])
+        if not left.any():
+            return [typed(of[0], cut.take(order)) for of, cut in zip(columns_of, cuts, strict=True)]
+        arrays = gather(self.batch, columns, unique[index[left]], rows[left].astype(np.int32))
+        if pieces:
+            many = [typed(of[0], cut) for of, cut in zip(columns_of, cuts, strict=True)]
+            arrays = [pa.concat_arrays(both) for both in zip(many, arrays, strict=True)]
+        return [array.take(order) for array in arrays]
+
+    def _alike(
+        self, columns: Columns, unique: Frames
+    ) -> Iterator[tuple[Mapped, Layout, NDArray[np.void], NDArray[np.intp]]]:
+        """Frames of one segment and schema that can be read at once: their headers, and which of `unique` they are."""
+        for segment in np.unique(unique >> OFFSET_BITS).tolist():
+            begin, end = np.searchsorted(unique, [segment << OFFSET_BITS, (segment + 1) << OFFSET_BITS])
+            try:
+                mapped = self._map(segment).bytes
+            except (OSError, ValueError):
+                continue
+            headers, right = mapped.headers(segment, unique[begin:end] & ((1 << OFFSET_BITS) - 1))
+            for schema in np.unique(headers["schema"][right]).tolist():
+                members = np.flatnonzero(right & (headers["schema"] == schema))
+                layout = self._layout(mapped, headers[members[0]])
+                if layout is not None and all(
+                    name in layout.columns and layout.columns[name].type == kind for name, kind in columns.items()
+                ):
+                    yield mapped, layout, headers[members], members + begin
+
+    def _layout(self, mapped: Mapped, header: np.void) -> Layout | None:
+        schema = int(header["schema"])
+        if schema not in self._layouts:
+            batch = self.batch(int(header["segment"]) << OFFSET_BITS | int(header["offset"]))
+            self._layouts[schema] = mapped.layout(header, batch.schema)
+            if len(self._layouts) > LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)), None)
+        return self._layouts.get(schema)
 
     def _parse(self, frame: int) -> pa.RecordBatch:
         segment, offset = segment_of(frame), frame & ((1 << OFFSET_BITS) - 1)
@@ -412,7 +511,10 @@ def _schema(mapped: _Map, segment: int, schema_id: int) -> pa.Schema:
     if schema is None:
         for header in headers_of(mapped.data, segment):
             if header.kind == SCHEMA and header.schema == schema_id:
-                schema = mapped.schemas[schema_id] = read_schema(message_of(mapped.data, header))
+                message = message_of(mapped.data, header)
+                if header.checksum != schema_id:
+                    raise ValueError("its schema does not have the id that it is named by")
+                schema = mapped.schemas[schema_id] = read_schema(message)
                 break
         else:
             raise ValueError("its schema is missing")
@@ -469,6 +571,10 @@ class Shelf(Protocol):
         """Numbers of the segments that are there already."""
 
     @abstractmethod
+    def name(self, number: int) -> str:
+        """Of a segment, in a sentence."""
+
+    @abstractmethod
     def in_use(self, number: int) -> bool:
         """Whether a writer may still append to the segment, or name a frame of it for the first time."""
 
@@ -499,6 +605,9 @@ class SegmentFolder(Shelf):
 
     def present(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
+
+    def name(self, number: int) -> str:
+        return str(segment_path(self.folder, number))
 
     def in_use(self, number: int) -> bool:
         path = segment_path(self.folder, number)
@@ -553,8 +662,8 @@ class Account:
         self._known = set(shelf.present())
         if missing := sorted(self._rows.keys() - self._known):
             raise LedgerError(
-                f"segment {missing[0]} of the samples' data is missing, so the run cannot go on with its samples: "
-                f"restore the file {segment_path(Path(), missing[0])}, or start a new run from the last checkpoint"
+                f"{shelf.name(missing[0])} is missing, so the run cannot go on with its samples: "
+                "restore the file, or start a new run from the last checkpoint's weights"
             )
         self._last = max([*self._known, segment_of(after)])
         self._unsynced: set[int] = set()
@@ -652,6 +761,9 @@ class MemoryFrames(Shelf):
 
     def present(self) -> list[int]:
         return []
+
+    def name(self, number: int) -> str:
+        return f"segment {number}"
 
     def in_use(self, number: int) -> bool:
         # Between a number and its frame there is a moment without either.
