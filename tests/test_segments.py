@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import resource
 import signal
 import subprocess
@@ -481,7 +482,7 @@ def test_a_segment_goes_with_the_last_row_that_needs_it(rolling: Files) -> None:
     assert rolling.account.unneeded() == []
     assert [rolling.account.knows(frame) for frame in frames] == [True, False, True]
     rolling.account.remove([2])
-    assert rolling.names() == ["000001.segment", "000003.segment"]
+    assert rolling.names() == ["000001.segment", "000002.free", "000003.segment"]
 
 
 def test_a_segment_stays_while_the_broker_has_not_answered_for_its_frames(rolling: Files) -> None:
@@ -666,6 +667,125 @@ def test_a_reader_does_not_map_without_bound(tmp_path: Path) -> None:
 
     assert sum(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines()) <= 128
     assert reader.batch(frames[0]).equals(batch)
+
+
+def removed(files: Files, frame: int) -> None:
+    """Nobody needs the frame any more."""
+    files.writer.settle(frame)
+    gone = files.account.unneeded()
+    assert gone == [frame >> OFFSET_BITS]
+    files.reader.forget(gone[0])
+    files.account.remove(gone)
+
+
+def test_the_file_of_a_segment_that_has_gone_becomes_another(rolling: Files) -> None:
+    first, second = (rolling.writer.append(rows(1)) for _ in range(2))
+    file = rolling.path(first).stat().st_ino
+    assert rolling.reader.batch(first).equals(rows(1))
+    removed(rolling, first)
+
+    third = rolling.writer.append(rows(1, seed=3))
+
+    assert rolling.path(third).stat().st_ino == file
+    assert rolling.names() == ["000002.segment", "000003.segment"]
+    assert rolling.reader.batch(third).equals(rows(1, seed=3))
+    assert rolling.reader.batch(second).equals(rows(1))
+    with pytest.raises(DamagedData, match="No such file"):
+        rolling.reader.batch(first)
+    rolling.writer.settle(second)
+    assert rolling.account.unneeded() == [2]  # and the other one has its writer
+
+
+def test_a_file_is_not_used_again_while_somebody_has_something_from_it(rolling: Files) -> None:
+    batch = rows(1)
+    first = rolling.writer.append(batch)
+    (held,) = rolling.reader.read({"ids": COLUMNS["ids"]}, np.array([first]), offsets(0))
+    file = rolling.path(first).stat().st_ino
+    rolling.writer.append(batch)
+    removed(rolling, first)
+
+    third = rolling.writer.append(rows(1, seed=3))
+    assert rolling.path(third).stat().st_ino != file
+    assert held.equals(batch.column(0))
+
+    del held
+    fourth = rolling.writer.append(rows(1, seed=4))
+    assert rolling.path(fourth).stat().st_ino == file
+
+
+def test_a_file_that_became_a_segment_before_its_writer_was_killed_is_not_given_out_again(rolling: Files) -> None:
+    first, second = (rolling.writer.append(rows(1, seed=seed)) for seed in range(2))
+    os.link(rolling.path(first), rolling.folder / "000000.free")
+    rolling.writer.settle(first)
+
+    third = rolling.writer.append(rows(1, seed=2))
+
+    assert rolling.names() == ["000001.segment", "000002.segment", "000003.segment"]
+    for seed, frame in enumerate((first, second, third)):
+        assert rolling.reader.batch(frame).equals(rows(1, seed=seed))
+
+
+def test_no_more_than_a_few_files_are_kept_and_none_when_the_store_is_closed(rolling: Files) -> None:
+    frames = [rolling.writer.append(rows(1)) for _ in range(8)]
+    for frame in frames[:7]:
+        removed(rolling, frame)
+    assert [name for name in rolling.names() if name.endswith(".free")] == [f"00000{n}.free" for n in (4, 5, 6, 7)]
+
+    folder = SegmentFolder(rolling.folder)
+    folder.close()
+
+    assert rolling.names() == ["000008.segment"]
+
+
+def test_no_reader_ever_sees_bytes_of_another_segment(tmp_path: Path) -> None:
+    """Files are used again as fast as can be, while readers ask for what is being removed, and keep some of it."""
+    files = Files(tmp_path, segment_bytes=1 << 16)
+    kinds = {"ids": pa.list_(pa.int64())}
+    latest: list[tuple[int, int]] = []
+    wrong: list[str] = []
+    stop = threading.Event()
+
+    def batch(number: int) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pydict({"ids": pa.array([[number] * 2000], kinds["ids"])})
+
+    def read(seed: int) -> None:
+        random, kept = np.random.default_rng(seed), []
+        reader = SegmentReader(tmp_path)
+        while not stop.is_set():
+            known = latest[-30:]
+            if not known:
+                continue
+            number, frame = known[int(random.integers(len(known)))]
+            try:
+                kept.append((number, reader.read(kinds, np.array([frame]), offsets(0))[0]))
+            except DamagedData as damage:
+                if "No such file" not in str(damage):
+                    wrong.append(str(damage))
+            kept = kept[-int(random.integers(1, 8)) :]
+            if random.integers(4) == 0:
+                reader.forget(frame >> OFFSET_BITS)
+            wrong.extend(f"{number}" for number, array in kept if set(array.values.to_numpy()) != {number})
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    inodes = []
+    for number in range(600):
+        frame = files.writer.append(batch(number))
+        files.account.hold(frame, 1)
+        files.writer.settle(frame)
+        inodes.append(files.path(frame).stat().st_ino)
+        latest.append((number, frame))
+        if number >= 10:
+            files.account.release(latest[number - 10][1], 1)
+            files.account.remove(files.account.unneeded())
+    stop.set()
+    for thread in threads:
+        thread.join()
+    files.close()
+
+    assert wrong == []
+    assert len(set(inodes)) < 100  # of 200 segments
 
 
 def test_memory_keeps_a_frame_until_nobody_needs_it() -> None:

@@ -363,6 +363,7 @@ class Data:
     def close(self) -> None:
         self.writer.close()
         self.reader.close()
+        self.shelf.close()
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:

@@ -6,10 +6,13 @@ A writer is a client process; it appends to a segment of its own, whose number i
 processes of the host; they map the files. The broker has the account: which segments there are and how many rows need
 each, but never data. `docs/store_format.md` describes the files for programs in other languages.
 
-A segment's file is locked (flock) by its writer until the writer has rolled on to the next one *and* the broker has
-answered for every frame in it. It appears under its name with the lock already on it. So a segment that no row needs
-and whose lock can be had is one that nobody will ever name again, and may go; a writer that was killed loses its locks
-by that alone.
+A segment's file is locked by its writer until the writer has rolled on to the next one *and* the broker has answered
+for every frame in it. It appears under its name with the lock already on it. So a segment that no row needs and that is
+not locked is one that nobody will ever name again, and may go; a writer that was killed loses its locks by that alone.
+
+Writing to pages that are in memory already is several times as fast as to new ones, so a few files are kept when they
+go, and become segments with new numbers. Whoever has mapped a file holds another lock on it, as long as anything that
+was read from it lives: such a file is not used again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 import threading
 from abc import abstractmethod
 from collections import Counter, OrderedDict
@@ -50,6 +54,11 @@ from asyncflow.store.frames import (
 SUFFIX: Final = ".segment"
 UNFINISHED: Final = ".new"
 """A segment that its writer has not locked yet, or one whose writer was killed before."""
+FREE: Final = ".free"
+"""A file that was a segment, and may become another one."""
+FREE_FILES: Final = 4
+FLOCK: Final = struct.Struct("hhqqi")
+"""The system's `struct flock`: type, whence, start, length, process."""
 SEGMENT_BYTES: Final = 64 << 20
 """Size of a segment, unless one frame needs more."""
 JOINED_BYTES: Final = 1 << 18
@@ -81,6 +90,41 @@ def sync_file(path: Path) -> None:
 
 def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06}{SUFFIX}"
+
+
+def lock_for_writing(file: int) -> None:
+    """Be the writer of a file, until all copies of the descriptor are closed. Raises BlockingIOError.
+
+    Of the two kinds of locks that belong to a descriptor and not to a process, this is the one (OFD, fcntl(2)); readers
+    hold the other (flock), and the two do not see each other.
+    """
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+
+
+def has_writer(path: Path) -> bool:
+    """Whether somebody is the writer of a file. Not so when it is not there."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    finally:
+        os.close(file)
+    return bool(FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+def names(path: Path, file: int) -> bool:
+    """Whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def free_files(folder: Path) -> list[Path]:
+    """Files that were segments, the oldest first."""
+    return sorted(folder.glob(f"*{FREE}"), key=lambda path: (len(path.stem), path.stem))
 
 
 def segment_of(frame: int) -> int:
@@ -224,27 +268,49 @@ class SegmentWriter:
         while True:
             number = self._allocate()
             path = segment_path(self._folder, number)
-            unfinished = path.with_suffix(UNFINISHED)
             # A number that was given out by a broker that was killed may be given out once more: take the next then.
             try:
-                file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                file, name = self._claim(size) or self._open(path.with_suffix(UNFINISHED))
             except FileExistsError:
                 continue
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_for_writing(file)
                 # All of it now, so that a full disk is told before anything is written.
-                os.posix_fallocate(file, 0, size)
+                room = max(size, os.fstat(file).st_size)
+                os.posix_fallocate(file, 0, room)
                 # This very file, whatever has its first name by now. With a folder given, Python follows the link.
                 os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file)
-            except (FileExistsError, FileNotFoundError, BlockingIOError):
+            except OSError as error:
+                if name.suffix == UNFINISHED:
+                    name.unlink(missing_ok=True)
                 os.close(file)
-                continue
-            except OSError:
-                os.close(file)
+                if isinstance(error, FileExistsError | FileNotFoundError | BlockingIOError):
+                    continue
                 raise
-            finally:
-                unfinished.unlink(missing_ok=True)
-            return _Segment(number, file, size)
+            name.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_UN)  # from here on others may map it
+            return _Segment(number, file, room)
+
+    def _open(self, path: Path) -> tuple[int, Path]:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), path
+
+    def _claim(self, size: int) -> tuple[int, Path] | None:
+        """A file of at least this size that was a segment and that nobody has mapped, locked against others."""
+        for path in free_files(self._folder):
+            try:
+                file = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(file)
+                if names(path, file):
+                    if status.st_nlink == 1 and status.st_size >= size:
+                        return file, path
+                    if status.st_nlink > 1:
+                        path.unlink()  # it is a segment again, whose writer was killed before it came to this
+            os.close(file)
+        return None
 
     def _write(
         self, segment: _Segment, kind: int, parts: Sequence[bytes | pa.Buffer], length: int, *, schema: int, rows: int
@@ -326,6 +392,10 @@ class _Map:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
+            # As long as the map is there, which has a copy of the descriptor, the file is not used for anything else.
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if not names(path, file.fileno()):
+                raise FileNotFoundError("No such file: it was removed")
             # A copy on write, so that a tensor over it may be written to; torch warns about others.
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if len(self.data) < HEADER_BYTES:
@@ -586,6 +656,10 @@ class Shelf(Protocol):
     def sync(self, numbers: Iterable[int]) -> None:
         """Make these segments survive a power cut. Raises OSError."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what was kept for segments to come. May be called twice."""
+
 
 class SegmentFolder(Shelf):
     """Segments in files."""
@@ -596,8 +670,9 @@ class SegmentFolder(Shelf):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"*{UNFINISHED}"):
-                if not _locked(path):
+                if not has_writer(path):
                     path.unlink(missing_ok=True)
+            self.close()
             for number in self.present():
                 _check_format(segment_path(folder, number))
         except OSError as error:
@@ -612,30 +687,29 @@ class SegmentFolder(Shelf):
     def in_use(self, number: int) -> bool:
         path = segment_path(self.folder, number)
         # One that is not there is still to be made, with the lock on it.
-        return _locked(path) if path.exists() else True
+        return has_writer(path) if path.exists() else True
 
     def remove(self, number: int) -> None:
-        segment_path(self.folder, number).unlink(missing_ok=True)
+        """Remove a segment, if it is there; a few files are kept for those to come."""
+        path = segment_path(self.folder, number)
+        with suppress(FileNotFoundError):
+            if path.stat().st_size > SEGMENT_BYTES:
+                path.unlink()
+            else:
+                path.rename(path.with_suffix(FREE))
+        # The oldest go first: somebody may have mapped them, and never let go.
+        for old in free_files(self.folder)[:-FREE_FILES]:
+            old.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for path in free_files(self.folder):
+            path.unlink(missing_ok=True)
 
     def sync(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             with suppress(FileNotFoundError):
                 sync_file(segment_path(self.folder, number))
         sync_file(self.folder)
-
-
-def _locked(path: Path) -> bool:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
 
 
 def _check_format(path: Path) -> None:
