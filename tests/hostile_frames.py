@@ -12,7 +12,7 @@ import xxhash
 
 from asyncflow.errors import DamagedData
 from asyncflow.store.frames import BATCH, HEADER_BYTES, Header, headers_of
-from asyncflow.store.segments import OFFSET_BITS, SegmentReader, SegmentWriter, segment_path
+from asyncflow.store.segments import SegmentReader, SegmentWriter, segment_path
 
 
 class Counts(NamedTuple):
@@ -165,5 +165,4 @@ def main(folder: Path, seed: int, cases: int) -> Counts:
 
 
 if __name__ == "__main__":
-    assert OFFSET_BITS == 40
     print(*main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

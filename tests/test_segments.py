@@ -21,9 +21,8 @@ import pytest
 import xxhash
 
 from asyncflow.errors import Closed, DamagedData, LedgerError
-from asyncflow.store.frames import BATCH, FORMAT, HEADER, HEADER_BYTES, MAGIC, SCHEMA, Header, headers_of
+from asyncflow.store.frames import BATCH, FORMAT, HEADER, HEADER_BYTES, MAGIC, OFFSET_BITS, SCHEMA, Header, headers_of
 from asyncflow.store.segments import (
-    OFFSET_BITS,
     Account,
     MemoryFrames,
     SegmentFolder,
@@ -65,7 +64,7 @@ def rows(count: int, kinds: dict[str, pa.DataType] | None = None, *, seed: int =
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return "ünï" * int(random.integers(0, 9))
         if pa.types.is_binary(kind):
-            return random.bytes(random.integers(0, 40))
+            return random.bytes(int(random.integers(0, 40)))
         if pa.types.is_floating(kind):
             return float(np.float32(random.standard_normal()))
         return bool(random.integers(2)) if pa.types.is_boolean(kind) else int(random.integers(100))

@@ -101,7 +101,8 @@ def _structs(metadata: memoryview, field: int) -> NDArray[np.intp]:
     count = struct.unpack_from("<I", metadata, vector)[0]
     if vector + 4 + 16 * count > len(metadata):
         raise struct.error
-    return np.arange(2 * count, dtype=np.intp).reshape(count, 2) * 8 + vector + 4
+    places: NDArray[np.intp] = np.arange(2 * count, dtype=np.intp).reshape(count, 2) * 8 + vector + 4
+    return places
 
 
 def _columns(schema: pa.Schema) -> tuple[list[int], dict[str, Column], tuple[int, int]]:
@@ -199,10 +200,10 @@ class Mapped:
         words = self._blocks.take(places, mode="clip").view(np.uint64).reshape(len(offsets), -1)
         words = words[:, : len(layout.words)]
         right = (((words ^ layout.words) & layout.fixed) == 0).all(axis=1)
-        numbers = words.view(np.int64)
-        body, rows = numbers[:, layout.body_length], numbers[:, layout.rows]
+        values = words.view(np.int64)
+        body, rows = values[:, layout.body_length], values[:, layout.rows]
         right &= (body >= 0) & (body <= headers["length"].astype(np.int64) - size) & (rows == headers["rows"])
-        nodes, buffers = numbers[:, layout.nodes], numbers[:, layout.buffers]  # (F, nodes, 2), (F, buffers, 2)
+        nodes, buffers = values[:, layout.nodes], values[:, layout.buffers]  # (F, nodes, 2), (F, buffers, 2)
         right &= (nodes[:, :, 1] == 0).all(axis=1) & (nodes[:, layout.top, 0] == rows[:, None]).all(axis=1)
         begins, lengths = buffers[:, :, 0], buffers[:, :, 1]
         right &= ((begins >= 0) & (lengths >= 0) & (lengths <= body[:, None] - begins)).all(axis=1)
