@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import itertools
 import os
 import resource
@@ -710,6 +711,33 @@ def test_a_file_is_not_used_again_while_somebody_has_something_from_it(rolling: 
     del held
     fourth = rolling.writer.append(rows(1, seed=4))
     assert rolling.path(fourth).stat().st_ino == file
+
+
+def test_a_reader_that_comes_too_late_does_not_take_another_segment_for_its_own(rolling: Files) -> None:
+    """It has opened the file, and before it has its lock the file becomes another segment."""
+    frame = rolling.writer.append(rows(1))
+    found: list[str] = []
+
+    def read() -> None:
+        with pytest.raises(DamagedData) as damage:
+            rolling.reader.batch(frame)
+        found.append(str(damage.value))
+
+    with rolling.path(frame).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        reader = threading.Thread(target=read)
+        reader.start()
+        while not any("-> FLOCK" in line and f":{os.fstat(file.fileno()).st_ino} " in line for line in locks()):
+            assert reader.is_alive()
+        rolling.path(frame).rename(rolling.folder / "000009.segment")
+    reader.join()
+
+    assert len(found) == 1
+    assert found[0].endswith("No such file: it was removed")
+
+
+def locks() -> list[str]:
+    return Path("/proc/locks").read_text().splitlines()
 
 
 def test_a_file_that_became_a_segment_before_its_writer_was_killed_is_not_given_out_again(rolling: Files) -> None:

@@ -114,7 +114,7 @@ def has_writer(path: Path) -> bool:
     return bool(FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
-def names(path: Path, file: int) -> bool:
+def is_name_of(path: Path, file: int) -> bool:
     """Whether a path is still that of an open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
@@ -169,6 +169,8 @@ class SegmentWriter:
         """Frames that were appended, and how many of them a sync has covered."""
         self._unsynced: set[int] = set()
         """Segments that were written to since the last sync."""
+        self._unsynced_names = True
+        """Whether there are segments whose names a power cut can still take."""
         self._failure: OSError | None = None
         self._closed = False
 
@@ -213,11 +215,13 @@ class SegmentWriter:
                 if self._synced >= wanted:
                     return
                 covered, numbers, self._unsynced = self._appended, self._unsynced, set()
+                names, self._unsynced_names = self._unsynced_names, False
                 files = {number: os.dup(self._segments[number].file) for number in numbers & self._segments.keys()}
             try:
                 for number in numbers:
                     self._sync(number, files.pop(number, None))
-                sync_file(self._folder)
+                if names:
+                    sync_file(self._folder)
             except OSError as error:
                 with self._lock:
                     self._failure = error
@@ -262,6 +266,7 @@ class SegmentWriter:
         new = self._create(max(aligned(self._segment_bytes), needed))
         self._seal()
         self._current = self._segments[new.number] = new
+        self._unsynced_names = True
         return new
 
     def _create(self, size: int) -> _Segment:
@@ -304,7 +309,7 @@ class SegmentWriter:
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 status = os.fstat(file)
-                if names(path, file):
+                if is_name_of(path, file):
                     if status.st_nlink == 1 and status.st_size >= size:
                         return file, path
                     if status.st_nlink > 1:
@@ -394,7 +399,7 @@ class _Map:
         with path.open("rb") as file:
             # As long as the map is there, which has a copy of the descriptor, the file is not used for anything else.
             fcntl.flock(file, fcntl.LOCK_SH)
-            if not names(path, file.fileno()):
+            if not is_name_of(path, file.fileno()):
                 raise FileNotFoundError("No such file: it was removed")
             # A copy on write, so that a tensor over it may be written to; torch warns about others.
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
