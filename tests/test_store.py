@@ -964,11 +964,11 @@ def test_data_that_nobody_needs_go_by_themselves(lives: Lives) -> None:
     lives.begin_again()
     lives.bench.store.serve("engine", PolicyVersion(incarnation=1, n=1))
     step_of(lives.bench, 1, 2)
-    assert len(list(lives.data.iterdir())) == 2
+    assert len(list(lives.data.glob("*.segment"))) == 2
 
     lives.bench.store.checkpointed(PolicyVersion(incarnation=1, n=2), oldest=PolicyVersion(incarnation=1, n=2))
 
-    wait_until(lambda: [path.name for path in lives.data.iterdir()] == ["000002.segment"])
+    wait_until(lambda: [path.name for path in lives.data.glob("*.segment")] == ["000002.segment"])
 
 
 def test_numbers_of_segments_are_not_used_again(lives: Lives) -> None:
@@ -980,7 +980,7 @@ def test_numbers_of_segments_are_not_used_again(lives: Lives) -> None:
     lives.bench.store.serve("engine", PolicyVersion(incarnation=3, n=1))
     lives.bench.admit(1)
 
-    assert [path.name for path in lives.data.iterdir()] == ["000002.segment"]
+    assert [path.name for path in lives.data.glob("*.segment")] == ["000002.segment"]
 
 
 def test_damage_costs_only_the_samples_whose_bytes_it_hit(lives: Lives) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from asyncflow.errors import LedgerError
-from asyncflow.store.segments import Shelf, segment_of, segment_path
+from asyncflow.store.segments import Shelf, segment_of
 
 
 @dataclass(slots=True)
@@ -38,8 +37,8 @@ class Account:
         needed = {segment_of(frame) for frame in frames or {}}
         if missing := sorted(needed - sizes.keys()):
             raise LedgerError(
-                f"segment {missing[0]} of the samples' data is missing, so the run cannot go on with its samples: "
-                f"restore the file {segment_path(Path(), missing[0])}, or start a new run from the last checkpoint"
+                f"{shelf.name(missing[0])} is missing, so the run cannot go on with its samples: restore it, or start "
+                "a new run from the last checkpoint's weights"
             )
         for frame, rows in (frames or {}).items():
             use = self._uses[segment_of(frame)]
@@ -69,7 +68,7 @@ class Account:
         """Whether the frame can be there. False: its number was never given out, or the segment was removed."""
         return segment_of(frame) in self._uses
 
-    def hold(self, frame: int, rows: int, size: int) -> None:
+    def hold(self, frame: int, rows: int, size: int = 0) -> None:
         """So many rows need the frame, which has so many bytes."""
         number = segment_of(frame)
         use = self._uses[number]
@@ -107,3 +106,8 @@ class Account:
         for number in unneeded:
             del self._uses[number]
         return unneeded
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove segments that `unneeded` has named. Needs no lock."""
+        for number in numbers:
+            self._shelf.remove(number)

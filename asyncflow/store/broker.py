@@ -288,13 +288,14 @@ class Broker:
         with self._lock:
             unneeded = self._account.unneeded()
         self._journal.sync()
-        self._remove(unneeded)
+        self._account.remove(unneeded)
 
     def close(self) -> None:
         with self._lock:
             if not self._closed:
                 self._close()
-                self._remove(self._account.unneeded())
+                self._account.remove(self._account.unneeded())
+                self._shelf.close()
 
     def _close(self) -> None:
         self._closed = True
@@ -321,7 +322,7 @@ class Broker:
             finally:
                 self._serve(now)
                 if self._volatile:
-                    self._remove(self._account.unneeded())
+                    self._account.remove(self._account.unneeded())
                 elif self._account.has_garbage:
                     self._see_to_it()
 
@@ -439,10 +440,6 @@ class Broker:
     def _check_topic(self, topic: str) -> None:
         if topic not in self._parked:
             raise StoreError(f"there is no stage {topic!r}; the stages are {', '.join(self.table.schema.stages)}")
-
-    def _remove(self, segments: Sequence[int]) -> None:
-        for number in segments:
-            self._shelf.remove(number)
 
     # -- housekeeping --------------------------------------------------------------------------------------------------
 

@@ -208,7 +208,10 @@ def read_schema(message: pa.Buffer) -> pa.Schema:
     """An Arrow IPC message as a schema. Raises ValueError or ArrowException."""
     if message.size > MAX_SCHEMA_BYTES:
         raise ValueError(f"its schema has {message.size} bytes: at most {MAX_SCHEMA_BYTES}")
-    schema = pa.ipc.read_schema(message)
+    try:
+        schema = pa.ipc.read_schema(message)
+    except EOFError:
+        raise ValueError("its schema is empty") from None
     check_schema(schema)
     return schema
 
@@ -219,7 +222,10 @@ def read_batch(message: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
     Bytes from elsewhere can crash whoever reads them: Arrow's own check of all values is the only one that has stopped
     this. A compressed body is refused before, since it may be any number of times as large.
     """
-    parsed = pa.ipc.read_message(message)
+    try:
+        parsed = pa.ipc.read_message(message)
+    except EOFError:
+        raise ValueError("its message is empty") from None
     if parsed.body is not None and _is_compressed(parsed):
         raise ValueError("its body is compressed")
     batch = pa.ipc.read_record_batch(parsed, schema)

@@ -6,10 +6,13 @@ A writer is a client process; it appends to a segment of its own, whose number i
 processes of the host; they map the files. The broker has the account: which segments there are and how many rows need
 each, but never data. `docs/store_format.md` describes the files for programs in other languages.
 
-A segment's file is locked (flock) by its writer until the writer has rolled on to the next one *and* the broker has
-answered for every frame in it. It appears under its name with the lock already on it. So a segment that no row needs
-and whose lock can be had is one that nobody will ever name again, and may go; a writer that was killed loses its locks
-by that alone.
+A segment's file is locked by its writer until the writer has rolled on to the next one *and* the broker has answered
+for every frame in it. It appears under its name with the lock already on it. So a segment that no row needs and that is
+not locked is one that nobody will ever name again, and may go; a writer that was killed loses its locks by that alone.
+
+Writing to pages that are in memory already is several times as fast as to new ones, so a few files are kept when they
+go, and become segments with new numbers. Whoever has mapped a file holds another lock on it, as long as anything that
+was read from it lives: such a file is not used again.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -31,6 +35,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from asyncflow.errors import Closed, DamagedData, LedgerError
+from asyncflow.store.bulk import Layout, Mapped, Span, typed
 from asyncflow.store.frames import (
     BATCH,
     HEADER_BYTES,
@@ -49,11 +54,21 @@ from asyncflow.store.frames import (
 SUFFIX: Final = ".segment"
 UNFINISHED: Final = ".new"
 """A segment that its writer has not locked yet, or one whose writer was killed before."""
+FREE: Final = ".free"
+"""A file that was a segment, and may become another one."""
+FREE_FILES: Final = 4
+FLOCK: Final = struct.Struct("hhqqi")
+"""The system's `struct flock`: type, whence, start, length, process."""
 SEGMENT_BYTES: Final = 64 << 20
 """Size of a segment, unless one frame needs more."""
 JOINED_BYTES: Final = 1 << 18
 """A message up to this size is put together in memory first; the parts of a larger one go to the file as they are."""
+MOST_PARTS: Final = 1024
+"""IOV_MAX: the parts that the system takes in one call."""
 ENCODERS: Final = 64
+MANY_FRAMES: Final = 4
+"""So many frames in one call are read at once, and copied; rows of fewer are views of the map."""
+LAYOUTS: Final = 256
 PARSED_FRAMES: Final = 4096
 """Frames that a reader has parsed and keeps; what they take is in the map, not in these."""
 MAPS: Final = 128
@@ -75,6 +90,41 @@ def sync_file(path: Path) -> None:
 
 def segment_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06}{SUFFIX}"
+
+
+def lock_for_writing(file: int) -> None:
+    """Be the writer of a file, until all copies of the descriptor are closed. Raises BlockingIOError.
+
+    Of the two kinds of locks that belong to a descriptor and not to a process, this is the one (OFD, fcntl(2)); readers
+    hold the other (flock), and the two do not see each other.
+    """
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+
+
+def has_writer(path: Path) -> bool:
+    """Whether somebody is the writer of a file. Not so when it is not there."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    finally:
+        os.close(file)
+    return bool(FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
+
+def is_name_of(path: Path, file: int) -> bool:
+    """Whether a path is still that of an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def free_files(folder: Path) -> list[Path]:
+    """Files that were segments, the oldest first."""
+    return sorted(folder.glob(f"*{FREE}"), key=lambda path: (len(path.stem), path.stem))
 
 
 def segment_of(frame: int) -> int:
@@ -119,6 +169,8 @@ class SegmentWriter:
         """Frames that were appended, and how many of them a sync has covered."""
         self._unsynced: set[int] = set()
         """Segments that were written to since the last sync."""
+        self._unsynced_names = True
+        """Whether there are segments whose names a power cut can still take."""
         self._failure: OSError | None = None
         self._closed = False
 
@@ -163,11 +215,13 @@ class SegmentWriter:
                 if self._synced >= wanted:
                     return
                 covered, numbers, self._unsynced = self._appended, self._unsynced, set()
+                names, self._unsynced_names = self._unsynced_names, False
                 files = {number: os.dup(self._segments[number].file) for number in numbers & self._segments.keys()}
             try:
                 for number in numbers:
                     self._sync(number, files.pop(number, None))
-                sync_file(self._folder)
+                if names:
+                    sync_file(self._folder)
             except OSError as error:
                 with self._lock:
                     self._failure = error
@@ -212,47 +266,73 @@ class SegmentWriter:
         new = self._create(max(aligned(self._segment_bytes), needed))
         self._seal()
         self._current = self._segments[new.number] = new
+        self._unsynced_names = True
         return new
 
     def _create(self, size: int) -> _Segment:
         while True:
             number = self._allocate()
             path = segment_path(self._folder, number)
-            unfinished = path.with_suffix(UNFINISHED)
             # A number that was given out by a broker that was killed may be given out once more: take the next then.
             try:
-                file = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                file, name = self._claim(size) or self._open(path.with_suffix(UNFINISHED))
             except FileExistsError:
                 continue
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_for_writing(file)
                 # All of it now, so that a full disk is told before anything is written.
-                os.posix_fallocate(file, 0, size)
+                room = max(size, os.fstat(file).st_size)
+                os.posix_fallocate(file, 0, room)
                 # This very file, whatever has its first name by now. With a folder given, Python follows the link.
                 os.link(f"/proc/self/fd/{file}", path, src_dir_fd=file)
-            except (FileExistsError, FileNotFoundError, BlockingIOError):
+            except OSError as error:
+                if name.suffix == UNFINISHED:
+                    name.unlink(missing_ok=True)
                 os.close(file)
-                continue
-            except OSError:
-                os.close(file)
+                if isinstance(error, FileExistsError | FileNotFoundError | BlockingIOError):
+                    continue
                 raise
-            finally:
-                unfinished.unlink(missing_ok=True)
-            return _Segment(number, file, size)
+            name.unlink(missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_UN)  # from here on others may map it
+            return _Segment(number, file, room)
+
+    def _open(self, path: Path) -> tuple[int, Path]:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), path
+
+    def _claim(self, size: int) -> tuple[int, Path] | None:
+        """A file of at least this size that was a segment and that nobody has mapped, locked against others."""
+        for path in free_files(self._folder):
+            try:
+                file = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                status = os.fstat(file)
+                if is_name_of(path, file):
+                    if status.st_nlink == 1 and status.st_size >= size:
+                        return file, path
+                    if status.st_nlink > 1:
+                        path.unlink()  # it is a segment again, whose writer was killed before it came to this
+            os.close(file)
+        return None
 
     def _write(
         self, segment: _Segment, kind: int, parts: Sequence[bytes | pa.Buffer], length: int, *, schema: int, rows: int
     ) -> int:
         if length <= JOINED_BYTES:
             parts = [b"".join(parts)]
-        digest = xxhash.xxh3_64()
-        for part in parts:
-            digest.update(part)
-        header = Header(kind, length, segment.number, segment.end, schema, rows, digest.intdigest())
+            checksum = xxhash.xxh3_64_intdigest(parts[0])
+        else:
+            digest = xxhash.xxh3_64()
+            for part in parts:
+                digest.update(part)
+            checksum = digest.intdigest()
+        header = Header(kind, length, segment.number, segment.end, schema, rows, checksum)
         padding = bytes(header.end - header.offset - HEADER_BYTES - length)
         try:
             # Not through a map: its pages would be filled with zeros first, one fault at a time.
-            _write_all(segment.file, [header.pack(), *parts, padding], segment.end)
+            _write_all(segment.file, [header.pack(), *parts, padding], header.end - header.offset, segment.end)
         except OSError:
             self._seal()  # what it left behind must not be taken for a frame by who reads on
             raise
@@ -276,29 +356,37 @@ class SegmentWriter:
             os.close(segment.file)
             del self._segments[segment.number]
 
-    def _sync(self, number: int, file: int | None) -> None:
-        """Sync a segment. `file`: its descriptor, which is closed; None when the writer has closed it already."""
+    def _sync(self, number: int, file: int | None) -> bool:
+        """Sync a segment. `file`: its descriptor, which is closed; None when the writer has closed it already.
+
+        False: the segment is not there any more, since nobody needed it.
+        """
         if file is None:
             try:
                 file = os.open(segment_path(self._folder, number), os.O_RDONLY)
             except FileNotFoundError:
-                return  # nobody needed it any more
+                return False
         try:
             os.fdatasync(file)
         finally:
             os.close(file)
+        return True
 
 
-def _write_all(file: int, parts: Sequence[bytes | pa.Buffer], offset: int) -> None:
+def _write_all(file: int, parts: Sequence[bytes | pa.Buffer], size: int, offset: int) -> None:
+    """Write parts of this size in all one behind the other. Raises OSError."""
+    written = os.pwritev(file, parts[:MOST_PARTS], offset)
+    if written == size:
+        return
     views = [memoryview(part).cast("B") for part in parts if len(part)]
-    most = os.sysconf("SC_IOV_MAX")
-    while views:
-        written = os.pwritev(file, views[:most], offset)
+    while True:
         offset += written
         while views and written >= len(views[0]):
             written -= len(views.pop(0))
-        if written:
-            views[0] = views[0][written:]
+        if not views:
+            return
+        views[0] = views[0][written:]
+        written = os.pwritev(file, views[:MOST_PARTS], offset)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -309,8 +397,15 @@ class _Map:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
+            # As long as the map is there, which has a copy of the descriptor, the file is not used for anything else.
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if not is_name_of(path, file.fileno()):
+                raise FileNotFoundError("No such file: it was removed")
             # A copy on write, so that a tensor over it may be written to; torch warns about others.
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if len(self.data) < HEADER_BYTES:
+            raise ValueError("there is no frame")
+        self.bytes = Mapped(self.data)
         self.path = path
         self.schemas: dict[int, pa.Schema] = {}
 
@@ -327,6 +422,8 @@ class SegmentReader:
         self._lock = threading.Lock()
         self._maps: OrderedDict[int, _Map] = OrderedDict()
         self._parsed: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._layouts: dict[int, Layout | None] = {}
+        """Schema → the layout of its record batches; None when they are not read many at once."""
 
     def batch(self, frame: int) -> pa.RecordBatch:
         """A frame's batch. Valid as long as somebody holds it, also when the segment is removed meanwhile.
@@ -346,8 +443,22 @@ class SegmentReader:
         return batch
 
     def read(self, columns: Columns, frames: Frames, offsets: Offsets) -> list[pa.Array]:
-        """One array for each column, with the values at the places (frame, row of the frame). Raises DamagedData."""
-        return gather(self.batch, columns, frames, offsets)
+        """One array for each column, with the values at the places (frame, row of the frame). Raises DamagedData.
+
+        Rows of few frames are views of the map, as those of `batch`; those of many frames are copied together.
+        """
+        unique, index = np.unique(frames, return_inverse=True)
+        if len(unique) < MANY_FRAMES:
+            return gather(self.batch, columns, frames, offsets)
+        # Samples of a group have the same prompt: each place once.
+        places, back = np.unique(index.astype(np.int64) << 32 | offsets.astype(np.uint32), return_inverse=True)
+        try:
+            arrays = self._read_many(columns, unique, places >> 32, places & 0xFFFFFFFF, back)
+            for array in arrays:
+                array.validate(full=True)
+        except (ValueError, pa.ArrowException):
+            return gather(self.batch, columns, frames, offsets)  # which knows the frame that is to blame
+        return arrays
 
     def forget(self, segment: int) -> None:
         """Nobody asks for this segment any more."""
@@ -359,6 +470,69 @@ class SegmentReader:
         with self._lock:
             self._maps.clear()
             self._parsed.clear()
+
+    def _read_many(self, columns: Columns, unique: Frames, index: Frames, rows: Frames, back: Frames) -> list[pa.Array]:
+        """Values at the places (index of the frame, row), which are sorted, in the order of `back`."""
+        names = list(columns)
+        pieces: list[tuple[Mapped, Layout, Frames, list[Span]]] = []
+        left = np.ones(len(index), np.bool_)
+        """Places that are to be read in the ordinary way."""
+        for mapped, layout, headers, members in self._alike(columns, unique):
+            number = np.full(len(unique), -1, np.int64)
+            number[members] = np.arange(len(members))
+            there = np.flatnonzero(number[index] >= 0)
+            spans, right = mapped.spans(layout, names, headers, number[index[there]], rows[there])
+            keep = right[number[index[there]]]
+            if keep.any():
+                pieces.append((mapped, layout, there[keep], [(begin[keep], end[keep]) for begin, end in spans]))
+                left[there[keep]] = False
+        columns_of = [[piece[1].columns[name] for piece in pieces] for name in names]
+        if len(pieces) == 1 and not left.any():
+            mapped, _, _, spans = pieces[0]
+            return [typed(of[0], mapped.cut(of[0], span, back)) for of, span in zip(columns_of, spans, strict=True)]
+        cuts = [
+            pa.concat_arrays([piece[0].cut(kind, piece[3][i], None) for kind, piece in zip(of, pieces, strict=True)])
+            for i, of in enumerate(columns_of)
+            if pieces
+        ]
+        place = np.empty(len(index), np.int64)
+        place[np.concatenate([*(piece[2] for piece in pieces), np.flatnonzero(left)])] = np.arange(len(index))
+        order = pa.array(place[back])
+        if not left.any():
+            return [typed(of[0], cut.take(order)) for of, cut in zip(columns_of, cuts, strict=True)]
+        arrays = gather(self.batch, columns, unique[index[left]], rows[left].astype(np.int32))
+        if pieces:
+            many = [typed(of[0], cut) for of, cut in zip(columns_of, cuts, strict=True)]
+            arrays = [pa.concat_arrays(both) for both in zip(many, arrays, strict=True)]
+        return [array.take(order) for array in arrays]
+
+    def _alike(
+        self, columns: Columns, unique: Frames
+    ) -> Iterator[tuple[Mapped, Layout, NDArray[np.void], NDArray[np.intp]]]:
+        """Frames of one segment and schema that can be read at once: their headers, and which of `unique` they are."""
+        for segment in np.unique(unique >> OFFSET_BITS).tolist():
+            begin, end = np.searchsorted(unique, [segment << OFFSET_BITS, (segment + 1) << OFFSET_BITS])
+            try:
+                mapped = self._map(segment).bytes
+            except (OSError, ValueError):
+                continue
+            headers, right = mapped.headers(segment, unique[begin:end] & ((1 << OFFSET_BITS) - 1))
+            for schema in np.unique(headers["schema"][right]).tolist():
+                members = np.flatnonzero(right & (headers["schema"] == schema))
+                layout = self._layout(mapped, headers[members[0]])
+                if layout is not None and all(
+                    name in layout.columns and layout.columns[name].type == kind for name, kind in columns.items()
+                ):
+                    yield mapped, layout, headers[members], members + begin
+
+    def _layout(self, mapped: Mapped, header: np.void) -> Layout | None:
+        schema = int(header["schema"])
+        if schema not in self._layouts:
+            batch = self.batch(int(header["segment"]) << OFFSET_BITS | int(header["offset"]))
+            self._layouts[schema] = mapped.layout(header, batch.schema)
+            if len(self._layouts) > LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)), None)
+        return self._layouts.get(schema)
 
     def _parse(self, frame: int) -> pa.RecordBatch:
         segment, offset = segment_of(frame), frame & ((1 << OFFSET_BITS) - 1)
@@ -412,7 +586,10 @@ def _schema(mapped: _Map, segment: int, schema_id: int) -> pa.Schema:
     if schema is None:
         for header in headers_of(mapped.data, segment):
             if header.kind == SCHEMA and header.schema == schema_id:
-                schema = mapped.schemas[schema_id] = read_schema(message_of(mapped.data, header))
+                message = message_of(mapped.data, header)
+                if header.checksum != schema_id:
+                    raise ValueError("its schema does not have the id that it is named by")
+                schema = mapped.schemas[schema_id] = read_schema(message)
                 break
         else:
             raise ValueError("its schema is missing")
@@ -469,6 +646,10 @@ class Shelf(Protocol):
         """Numbers of the segments that are there already → how many bytes each takes."""
 
     @abstractmethod
+    def name(self, number: int) -> str:
+        """Of a segment, in a sentence."""
+
+    @abstractmethod
     def in_use(self, number: int) -> bool:
         """Whether a writer may still append to the segment, or name a frame of it for the first time."""
 
@@ -479,6 +660,10 @@ class Shelf(Protocol):
     @abstractmethod
     def sync(self, numbers: Iterable[int]) -> None:
         """Make these segments survive a power cut. Raises OSError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what was kept for segments to come. May be called twice."""
 
 
 class SegmentFolder(Shelf):
@@ -492,8 +677,9 @@ class SegmentFolder(Shelf):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob(f"*{UNFINISHED}"):
-                if not _locked(path):
+                if not has_writer(path):
                     path.unlink(missing_ok=True)
+            self.close()
             for number in self.present():
                 _check_format(segment_path(folder, number))
         except OSError as error:
@@ -503,34 +689,36 @@ class SegmentFolder(Shelf):
         paths = (path for path in self.folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
         return {int(path.stem): path.stat().st_blocks * 512 for path in paths}
 
+    def name(self, number: int) -> str:
+        return str(segment_path(self.folder, number))
+
     def in_use(self, number: int) -> bool:
         path = segment_path(self.folder, number)
         # One that is not there is still to be made, with the lock on it.
-        return _locked(path) if path.exists() else True
+        return has_writer(path) if path.exists() else True
 
     def remove(self, number: int) -> None:
-        segment_path(self.folder, number).unlink(missing_ok=True)
+        """Remove a segment, if it is there; a few files are kept for those to come."""
+        path = segment_path(self.folder, number)
+        with suppress(FileNotFoundError):
+            if path.stat().st_size > SEGMENT_BYTES:
+                path.unlink()
+            else:
+                path.rename(path.with_suffix(FREE))
         self.on_removed(number)
+        # The oldest go first: somebody may have mapped them, and never let go.
+        for old in free_files(self.folder)[:-FREE_FILES]:
+            old.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for path in free_files(self.folder):
+            path.unlink(missing_ok=True)
 
     def sync(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             with suppress(FileNotFoundError):
                 sync_file(segment_path(self.folder, number))
         sync_file(self.folder)
-
-
-def _locked(path: Path) -> bool:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
 
 
 def _check_format(path: Path) -> None:
@@ -586,6 +774,9 @@ class MemoryFrames(Shelf):
 
     def present(self) -> dict[int, int]:
         return {}
+
+    def name(self, number: int) -> str:
+        return f"segment {number}"
 
     def in_use(self, number: int) -> bool:
         # Between a number and its frame there is a moment without either.
