@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, DamagedData, IllegalTransition, LedgerError, StoreError
+from asyncflow.errors import Closed, DamagedData, LedgerError, StoreError
 from asyncflow.store.client import Counts, Lease, Waited
 from asyncflow.store.events import Committed, Event, Leased, Opened
-from asyncflow.store.journal import Journal, read_ledger
+from asyncflow.store.journal import Journal
+from asyncflow.store.recovery import rebuild
 from asyncflow.store.rows import Ids
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, TOKEN_COLUMNS, Schema
 from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
+from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.table import ADMISSION, Table
 from asyncflow.types import PolicyVersion
 
@@ -37,11 +39,14 @@ written. Everybody waits meanwhile, and it must not raise: the step is committed
 class Store:
     """The store of one run, embedded in this process. Implements `StoreClient`; thread-safe."""
 
-    def __init__(self, table: Table, journal: Journal, segments: Segments, clock: Clock) -> None:
+    def __init__(
+        self, table: Table, journal: Journal, segments: Segments, clock: Clock, snapshots: Snapshots | None = None
+    ) -> None:
         """Use `create` or `reopen`."""
         self.on_committed: OnCommitted | None = None
         self.table = table
         self._journal = journal
+        self._snapshots = snapshots
         self._segments = segments
         self._clock = clock
         self._schema = table.schema
@@ -58,8 +63,11 @@ class Store:
         Raises LedgerError when the ledger exists, or one of the two cannot be made.
         """
         clock = clock or SystemClock()
-        journal = Journal.create(ledger, opened, clock.wall())
-        return cls(Table(schema, opened), journal, MemorySegments() if data is None else FileSegments(data), clock)
+        journal = Journal.create(ledger, opened, clock.wall(), schema)
+        table = Table(schema, opened)
+        if data is None:
+            return cls(table, journal, MemorySegments(), clock)
+        return cls(table, journal, FileSegments(data), clock, Snapshots(ledger, journal))
 
     @classmethod
     def reopen(
@@ -74,7 +82,8 @@ class Store:
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
         segments = FileSegments(data, needed=table.frames(), after=table.last_frame)
-        store = cls(table, Journal(ledger), segments, clock)
+        journal = Journal(ledger)
+        store = cls(table, journal, segments, clock, Snapshots(ledger, journal))
         with store._lock:
             # Before any lease could run out: that nobody renewed it is not the fault of its rows.
             store._perform(events)
@@ -231,6 +240,8 @@ class Store:
             if self._closed:
                 return
             self._closed = True
+            if self._snapshots is not None:
+                self._snapshots.close()
             self._journal.close()
             for path in self._segments.unneeded():
                 path.unlink(missing_ok=True)
@@ -285,6 +296,8 @@ class Store:
             topics |= self.table.apply(event)
             for frame, rows in released.items():
                 self._segments.release(frame, rows)
+        if self._snapshots is not None:
+            self._snapshots.count(self.table, events)
         # Waiters sleep until the earliest deadline they know. One that comes before it is news to all of them: the rows
         # of a dead worker come back even when nothing else happens.
         earliest = self.table.next_deadline()
@@ -329,24 +342,6 @@ class Store:
 
     def _gather(self, ids: Ids, columns: Sequence[str]) -> list[pa.Array]:
         return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
-
-
-def rebuild(schema: Schema, ledger: Path) -> Table:
-    """The table as a ledger tells it. Raises LedgerError."""
-    table: Table | None = None
-    for record in read_ledger(ledger):
-        try:
-            if table is not None:
-                table.apply(record.event)
-            elif isinstance(record.event, Opened):
-                table = Table(schema, record.event)
-            else:
-                raise LedgerError(f"{ledger} does not begin with the terms of a run: its beginning is lost")
-        except (LookupError, TypeError, ValueError, IllegalTransition) as error:
-            raise LedgerError(f"{ledger}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from error
-    if table is None:
-        raise LedgerError(f"{ledger} is empty: it holds no run")
-    return table
 
 
 def _conform(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:

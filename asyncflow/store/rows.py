@@ -5,13 +5,15 @@ Entry i belongs to sample `base + i`. Arrays grow by doubling, and forget their 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.store.lifecycle import OPEN_STATES, State
+from asyncflow.store.lifecycle import OPEN_STATES, STATES, State
 
 Ids = NDArray[np.int64]
 """Sample or group ids."""
@@ -93,6 +95,16 @@ class Marks:
                 break
         return np.concatenate(found)[:most] if found else np.zeros(0, np.int64)
 
+    def copy(self) -> Marks:
+        other = Marks()
+        other._base, other._bits, other._counts = self._base, self._bits.copy(), self._counts.copy()
+        other.count = self.count
+        return other
+
+    def all(self) -> Ids:
+        """All of them, ascending."""
+        return np.flatnonzero(self._bits) + self._base
+
     def clear(self) -> None:
         self._bits[:] = False
         self._counts[:] = 0
@@ -163,6 +175,35 @@ class Rows:
         """Sample → why it came back, where it did."""
         for name, (dtype, fill, lines) in self._fields.items():
             setattr(self, name, np.full((*lines, CHUNK), fill, dtype))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return tuple(self._fields)
+
+    def copy(self) -> Rows:
+        """As it is now, without room for more."""
+        other = copy(self)
+        for name in self._fields:
+            setattr(other, name, getattr(self, name)[..., : self.end - self.base].copy())
+        other.reasons = {sample_id: list(reasons) for sample_id, reasons in self.reasons.items()}
+        return other
+
+    def fill(self, end: int, ids: Ids, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Begin with these samples, ascending, of which `arrays` has everything; all others before `end` have ended.
+
+        Raises ValueError for arrays of another type or shape.
+        """
+        self.base = (int(ids[0]) if len(ids) else end) // CHUNK * CHUNK
+        self.end = self.base
+        self._make_room(end - self.base)
+        self.end = end
+        self.state[: end - self.base] = STATES.index(State.DROPPED)
+        for name, (dtype, _, lines) in self._fields.items():
+            array = arrays[name]
+            if array.dtype != dtype or array.shape != (*lines, len(ids)):
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, not {np.dtype(dtype)}{(*lines, len(ids))}")
+            getattr(self, name)[..., ids - self.base] = array
 
     def add(self, count: int) -> Ids:
         """Make entries for so many new samples, and return their ids."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Literal, Self
 
+import msgspec
 import pyarrow as pa
 
 from asyncflow.errors import ConfigError
@@ -68,6 +69,23 @@ class Schema:
         """Every column that a sample has in the end, in data order."""
         self._check()
 
+    def to_json(self) -> str:
+        """The stages and the columns with their types, as the ledger keeps them."""
+        columns = {name: str(kind) for name, kind in COLUMNS.items()}
+        stages = [asdict(stage) for stage in self.stages.values()]
+        return msgspec.json.encode({"columns": columns, "stages": stages}).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`. Raises ConfigError for what is no schema, or has other columns than this program."""
+        try:
+            written = msgspec.json.decode(text, type=_Written)
+        except ValueError as error:
+            raise ConfigError(f"this is no schema: {error}") from None
+        if written.columns != {name: str(kind) for name, kind in COLUMNS.items()}:
+            raise ConfigError("the columns are not those of this program: use the release that wrote them")
+        return cls(written.stages)
+
     def mask(self, columns: Iterable[str]) -> int:
         """Columns as a bit set. Raises ConfigError for an unknown one."""
         mask = 0
@@ -106,3 +124,8 @@ class Schema:
         for stage in self.stages.values():
             if missing := self.names(self.needs[stage.name] & ~written):
                 raise ConfigError(f"stage {stage.name} needs {', '.join(missing)}, which no stage writes")
+
+
+class _Written(msgspec.Struct, forbid_unknown_fields=True):
+    columns: dict[str, str]
+    stages: list[Stage]

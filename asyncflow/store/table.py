@@ -16,8 +16,9 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -103,6 +104,24 @@ class Window:
     """(G, n) Open, and too old."""
     short: Flags
     """(G,) So many are late that what is left is too little to train: its place goes to a later group."""
+
+
+class Image(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a table knows besides its arrays, as plain values. Versions are packed."""
+
+    terms: Opened
+    next_sample: int
+    next_group: int
+    next_lease: int
+    last_frame: int
+    learner: int
+    served: dict[str, int]
+    ended: dict[str, int]
+    reasons: dict[int, list[str]]
+    leases: list[tuple[int, str, str, int, int, float, int]]
+    """Id, stage, worker, how many rows were leased, how many it holds, deadline, bound."""
+    consumed: list[tuple[int, int, int]]
+    """Step, how many it trained, how many it skipped."""
 
 
 class Table:
@@ -898,6 +917,82 @@ class Table:
             "ended": dict(self.ended),
             "states": self.states,
         }
+
+    def copy(self) -> Table:
+        """The table as it is now, to be read in another thread."""
+        other = copy(self)
+        other.rows, other.groups, other.taken = self.rows.copy(), self.groups.copy(), self.taken.copy()
+        other.leases = {lease_id: copy(lease) for lease_id, lease in self.leases.items()}
+        other.served, other.ended, other.consumed = dict(self.served), self.ended.copy(), dict(self.consumed)
+        other._counts = self._counts.copy()
+        other._ready = {stage: marks.copy() for stage, marks in self._ready.items()}
+        other._deadlines = list(self._deadlines)
+        return other
+
+    def dump(self) -> tuple[Image, dict[str, NDArray[Any]]]:
+        """Everything, for `load`: plain values, and arrays. Samples that have ended for good are left out."""
+        ids, steps = self.rows.alive(), self.consumed.items()
+        every = len(ids) == self.rows.end - self.rows.base
+        index = slice(0, len(ids)) if every else ids - self.rows.base
+        nothing = np.zeros(0, np.int64)
+        arrays: dict[str, NDArray[Any]] = {
+            **{f"rows.{name}": getattr(self.rows, name)[..., index] for name in self.rows.fields},
+            **{f"ready.{stage}": marks.all() for stage, marks in self._ready.items()},
+            "ids": ids,
+            "groups": self.groups.all(),
+            "taken": self.taken.all(),
+            "counts": self._counts,
+            "leased": np.concatenate([nothing, *(lease.rows for lease in self.leases.values())]),
+            "consumed": np.concatenate([nothing, *(step.rows for _, step in steps)]),
+        }
+        image = Image(
+            terms=self.terms,
+            next_sample=self.next_sample,
+            next_group=self.next_group,
+            next_lease=self.next_lease,
+            last_frame=self.last_frame,
+            learner=self.learner.packed,
+            served={engine: version.packed for engine, version in self.served.items()},
+            ended=dict(self.ended),
+            reasons=self.rows.reasons,
+            leases=[
+                (lease_id, lease.stage, lease.worker, len(lease.rows), lease.left, lease.deadline, lease.max_staleness)
+                for lease_id, lease in self.leases.items()
+            ],
+            consumed=[(n, len(step.trained), len(step.skipped)) for n, step in steps],
+        )
+        return image, arrays
+
+    @classmethod
+    def load(cls, schema: Schema, image: Image, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """The table that `dump` has told. Raises LookupError, TypeError or ValueError for what it cannot have told."""
+        table = cls(schema, image.terms)
+        fields = {name: arrays[f"rows.{name}"] for name in table.rows.fields}
+        table.rows.fill(image.next_sample, arrays["ids"], fields)
+        table.rows.reasons = image.reasons
+        table.groups.put(arrays["groups"], there=True)
+        table.taken.put(arrays["taken"], there=True)
+        for stage, marks in table._ready.items():
+            marks.put(arrays[f"ready.{stage}"], there=True)
+        table._counts[:] = arrays["counts"]
+        table.next_sample, table.next_group, table.next_lease, table.last_frame = (
+            image.next_sample, image.next_group, image.next_lease, image.last_frame,
+        )  # fmt: skip
+        table.learner = PolicyVersion.unpack(image.learner)
+        table.served = {engine: PolicyVersion.unpack(version) for engine, version in image.served.items()}
+        table.ended = Counter(image.ended)
+        begin = 0
+        for lease_id, stage, worker, count, left, deadline, bound in image.leases:
+            rows = arrays["leased"][begin : begin + count]
+            table.leases[lease_id] = LeaseRecord(stage, worker, rows, left, deadline, bound)
+            table._set_deadline(lease_id, deadline)
+            begin += count
+        begin = 0
+        for n, trained, skipped in image.consumed:
+            rows = arrays["consumed"][begin : begin + trained + skipped]
+            table.consumed[n] = Consumed(rows[:trained], rows[trained:])
+            begin += trained + skipped
+        return table
 
 
 def _named(sample_ids: Sequence[int]) -> str:
