@@ -16,7 +16,7 @@ import numpy as np
 
 from asyncflow.errors import LedgerError
 
-PLAIN: Final = 16
+PLAIN: Final = 64
 """Lists of so many values are always written as they are."""
 LONGEST: Final = 1 << 24
 """Values in one list: more make no sense, and would fill the memory."""
@@ -188,8 +188,11 @@ class Resumed(Event, frozen=True, kw_only=True):
     version: int
 
 
-def _id_runs(ids: Sequence[int]) -> list[int | tuple[int, int]]:
+def _id_runs(ids: tuple[int, ...]) -> list[int | tuple[int, int]]:
     """Runs of consecutive ids as (first, last)."""
+    first, last = ids[0], ids[-1]
+    if last - first == len(ids) - 1 and ids == tuple(range(first, last + 1)):  # what most often is the case
+        return [(first, last)]
     array = np.array(ids, np.int64)
     begins = np.concatenate([[0], np.flatnonzero(np.diff(array) != 1) + 1])
     lasts = array[np.append(begins[1:], len(array)) - 1].tolist()
@@ -198,7 +201,7 @@ def _id_runs(ids: Sequence[int]) -> list[int | tuple[int, int]]:
     ]
 
 
-def _equal_runs(values: Sequence[int | None]) -> list[int | tuple[int | None, int] | None]:
+def _equal_runs(values: tuple[int | None, ...]) -> list[int | tuple[int | None, int] | None]:
     """Runs of equal values as (value, times)."""
     if values.count(values[0]) == len(values):  # what nearly always is the case: one version made them all
         return [(values[0], len(values))]

@@ -61,6 +61,9 @@ class Marks:
 
     def put(self, ids: Ids, there: Flags | bool) -> None:
         """Add (`there`) or remove ids; each is named once."""
+        if len(ids) == 1:
+            self._put_one(int(ids[0]), there if isinstance(there, bool) else bool(there[0]))
+            return
         there = np.broadcast_to(there, ids.shape)
         inside = self._inside(ids)
         if not inside.all():
@@ -73,6 +76,18 @@ class Marks:
         self._bits[places] = there
         np.add.at(self._counts, places // CHUNK, change)
         self.count += int(change.sum())
+
+    def _put_one(self, number: int, there: bool) -> None:
+        """The same without arrays, which for one id are most of what it costs."""
+        if not self._base <= number < self._base + len(self._bits):
+            if not there:
+                return
+            self._reach(number, number)
+        place = number - self._base
+        if bool(self._bits[place]) != there:
+            self._bits[place] = there
+            self._counts[place // CHUNK] += 1 if there else -1
+            self.count += 1 if there else -1
 
     def has(self, ids: Ids) -> Flags:
         """Which of these are there."""

@@ -61,6 +61,7 @@ END = "end"
 serves newer weights; nothing, because the last step has all of its samples."""
 
 
+PROMPTED = STATES.index(State.PROMPTED)
 REWARDED = STATES.index(State.REWARDED)
 GENERATED = STATES.index(State.GENERATED)
 NUMBER = (1 << 32) - 1
@@ -654,19 +655,25 @@ class Table:
         return handler(self, event)
 
     def _apply_admitted(self, event: Admitted) -> set[str]:
-        groups = np.arange(event.first_group, event.first_group + len(event.prompt_tokens))
-        ids = self.rows.add(len(groups) * self.group_size)
-        index, rows = ids - self.rows.base, self.rows
-        rows.columns[index] = self.schema.prompt_mask
-        rows.prompt_tokens[index] = rows.tokens[index] = np.repeat(event.prompt_tokens, self.group_size)
-        rows.frame[0, index] = event.frame
+        size, many = self.group_size, len(event.prompt_tokens)
+        ids, rows = self.rows.add(many * size), self.rows
+        new = slice(rows.end - len(ids) - rows.base, rows.end - rows.base)
+        rows.columns[new] = self.schema.prompt_mask
+        rows.prompt_tokens[new] = np.repeat(event.prompt_tokens, size) if size > 1 else event.prompt_tokens
+        rows.tokens[new] = rows.prompt_tokens[new]
+        rows.frame[0, new] = event.frame
         self.last_frame = max(self.last_frame, event.frame)
-        rows.offset[0, index] = ids // self.group_size - event.first_group
-        self._counts[STATES.index(State.PROMPTED)] += len(ids)
-        self.groups.put(groups, there=True)
-        self.next_group += len(groups)
+        rows.offset[0, new] = np.repeat(np.arange(many), size) if len(ids) > 1 else 0
+        self._counts[PROMPTED] += len(ids)
+        self.groups.put(np.arange(event.first_group, event.first_group + many), there=True)
+        self.next_group += many
         self.next_sample += len(ids)
-        return self._enqueue(ids)
+        topics = set()
+        for stage, marks in self._ready.items():  # all of them are alike
+            if not self.schema.needs[stage] & ~self.schema.prompt_mask:
+                marks.put(ids, there=True)
+                topics.add(stage)
+        return topics
 
     def _apply_leased(self, event: Leased) -> set[str]:
         ids = np.array(event.rows, np.int64)
@@ -707,8 +714,7 @@ class Table:
         self.last_frame = max(self.last_frame, event.frame)
         if event.tokens:
             rows.tokens[index] += np.array(event.tokens, np.int32)
-            rows.oldest[index] = [NONE if version is None else version for version in event.oldest]
-            rows.newest[index] = [NONE if version is None else version for version in event.newest]
+            rows.oldest[index], rows.newest[index] = _versions(event.oldest), _versions(event.newest)
         if stage.role == "generate":
             self._move(ids, Move.GENERATE)
         needs, topics = self.schema.needs[self.schema.train.name], set()
@@ -822,10 +828,15 @@ class Table:
     def _move(self, ids: Ids, move: Move) -> None:
         if not len(ids):
             return
-        before = self.rows.state[ids - self.rows.base]
+        index = ids - self.rows.base
+        before = self.rows.state[index]
         after = next_states(before, move)
-        self.rows.state[ids - self.rows.base] = after
-        self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
+        self.rows.state[index] = after
+        if len(ids) == 1:
+            self._counts[before] -= 1
+            self._counts[after] += 1
+        else:
+            self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
 
     def _end(self, ids: Ids, move: Move, reason: str) -> None:
         if not len(ids):
@@ -993,6 +1004,13 @@ class Table:
             table.consumed[n] = Consumed(rows[:trained], rows[trained:])
             begin += trained + skipped
         return table
+
+
+def _versions(packed: Sequence[int | None]) -> Sequence[int] | NDArray[np.int64]:
+    """With NONE in place of None."""
+    if len(packed) > 1 and packed.count(packed[0]) == len(packed):
+        return np.full(len(packed), NONE if packed[0] is None else packed[0], np.int64)
+    return [NONE if version is None else version for version in packed]
 
 
 def _named(sample_ids: Sequence[int]) -> str:
