@@ -5,7 +5,8 @@
 
 Anything that can read SQLite can read it. It is in WAL mode with `synchronous=NORMAL`, so an append is a write that
 nobody syncs: it survives `kill -9` of every process, not a power cut. `sync_to` makes it survive that as well, and many
-who wait for it share one fdatasync of the log. That this is enough follows from SQLite's documentation:
+who wait for it share one fdatasync of the log. SQLite's authors name this way to make committed transactions durable
+(https://sqlite.org/forum/forumpost/d1a6bc7c4cd2baca, point 3). Why it is enough:
 
 - A transaction is committed when its frames, of which the last is marked, are in the log
   (https://www.sqlite.org/wal.html#how_wal_works); recovery takes every frame up to the last whole commit
