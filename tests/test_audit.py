@@ -368,7 +368,7 @@ def test_an_event_that_is_there_twice_never_goes_unnoticed(tampered: Tampered, s
 
 
 def newer(t: Tampered) -> None:
-    t.db.execute("UPDATE meta SET value = '2'")
+    t.db.execute("UPDATE meta SET value = '3'")
 
 
 def no_number(t: Tampered) -> None:
@@ -414,7 +414,7 @@ def no_table(t: Tampered) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (newer, "has ledger format 2, this program reads 1"),
+        (newer, "has ledger format 3, this program reads 2"),
         (no_number, "cannot be read as a ledger"),
         (no_format, "cannot be read as a ledger"),
         (gap, "has a gap: event 5 is missing"),

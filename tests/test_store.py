@@ -988,7 +988,7 @@ def test_damage_costs_only_the_samples_whose_bytes_it_hit(lives: Lives) -> None:
     lives.bench.admit(1)
     lives.bench.generate()
     lives.die()
-    (path,) = lives.data.iterdir()
+    (path,) = lives.data.glob("*.segment")
     content = bytearray(path.read_bytes())
     first = next(header for header in headers_of(content, 1) if header.rows)
     content[first.offset + HEADER_BYTES + 100] ^= 1
@@ -1005,7 +1005,7 @@ def test_damage_costs_only_the_samples_whose_bytes_it_hit(lives: Lives) -> None:
 def test_a_torn_tail_is_nobodys_and_damage_in_the_middle_is_named(lives: Lives) -> None:
     lives.bench.admit(2)
     lives.die()
-    (path,) = lives.data.iterdir()
+    (path,) = lives.data.glob("*.segment")
     content = bytearray(path.read_bytes())
     *_, last = headers_of(content, 1)
     torn = b"AFRM and then the power went"

@@ -1,4 +1,4 @@
-"""`asyncflow`: start a run and go on with one; watch and steer it; audit, report and export it; doctor, bench, serve.
+"""`asyncflow`: start a run and go on with one; watch, steer, audit, replay, report and export it; doctor, bench, serve.
 
 Exit codes: 0 done; 1 the run failed, or the audit found a violation; 2 the user can fix it; 130 interrupted.
 """
@@ -148,6 +148,26 @@ def audit(run_dir: RunDir) -> None:
     result = audit_run(run_dir)
     typer.echo(render(result))
     raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def replay(
+    run_dir: RunDir,
+    *,
+    until: Annotated[
+        int | None, typer.Option(metavar="LSN", help="Number of the event; without it, the last one.")
+    ] = None,
+    since: Annotated[int | None, typer.Option("--from", metavar="LSN", help="First event to list.")] = None,
+    events: Annotated[bool, typer.Option("--events", help="List the events, in the order of their decisions.")] = False,
+    last: Annotated[int, typer.Option(min=0, help="How many events before it are listed otherwise.")] = 10,
+    only_digest: Annotated[bool, typer.Option("--digest", help="Print only a digest of the whole state.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Decide everything again and compare.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """Show what a run looked like after any of its decisions, from its ledger alone."""
+    from asyncflow.cli.replay import show
+
+    show(run_dir, until=until, since=since, events=events, last=last, digest=only_digest, check=check, as_json=as_json)
 
 
 @app.command()

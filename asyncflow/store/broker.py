@@ -26,9 +26,10 @@ from asyncflow.errors import Closed, LedgerError, StoreError
 from asyncflow.store.account import Account
 from asyncflow.store.client import Counts, Grant, Place, Waited
 from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
-from asyncflow.store.journal import Journal
+from asyncflow.store.journal import Durability, Journal
 from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
+from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.table import ADMISSION, BYTES, Table
 from asyncflow.types import PolicyVersion
 
@@ -70,16 +71,18 @@ class Broker:
         account: Account,
         shelf: Shelf,
         *,
-        volatile: bool = False,
+        durability: Durability = "process",
+        snapshots: Snapshots | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`shelf`: where the segments are. `volatile`: they do not outlive this process."""
+        """`shelf`: where the segments are."""
         self.table = table
         self.on_committed: OnCommitted | None = None
         self._journal = journal
         self._account = account
         self._shelf = shelf
-        self._volatile = volatile
+        self.durability = durability
+        self._snapshots = snapshots
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
         self._parked: dict[str, list[_Parked[Any]]] = {topic: [] for topic in (ADMISSION, *table.schema.stages)}
@@ -264,6 +267,9 @@ class Broker:
         """Decisions that somebody else has taken, from this table as it is."""
         with self._lock:
             self._perform(events)
+            lsn = self._journal.lsn
+        if self.durability == "power":
+            self._journal.sync_to(lsn)
 
     def sync(self) -> int:
         """See that all data and decisions so far survive a power cut.
@@ -299,6 +305,8 @@ class Broker:
 
     def _close(self) -> None:
         self._closed = True
+        if self._snapshots is not None:
+            self._snapshots.close()
         self._journal.close()
         for waiters in self._parked.values():
             for waiter in waiters:
@@ -321,10 +329,13 @@ class Broker:
                 yield now
             finally:
                 self._serve(now)
-                if self._volatile:
+                if self.durability == "memory":
                     self._account.remove(self._account.unneeded())
                 elif self._account.has_garbage:
                     self._see_to_it()
+            lsn = self._journal.lsn
+        if self.durability == "power":
+            self._journal.sync_to(lsn)
 
     def _expire(self, now: float) -> None:
         deadline = self.table.next_deadline()
@@ -360,6 +371,8 @@ class Broker:
                     self._serve(self._clock.monotonic())
         if parked.error is not None:
             raise parked.error
+        if self.durability == "power" and parked.result is not None:
+            self._journal.sync_to(self._journal.lsn)
         return parked.result
 
     def _serve(self, now: float) -> None:
@@ -394,6 +407,8 @@ class Broker:
             logger.critical("the table cannot follow its ledger: the store stops", exc_info=True)
             self._close()
             raise
+        if self._snapshots is not None:
+            self._snapshots.count(self.table, events)
         if self._asleep_until > self._next_chore():
             self._alarm.notify_all()
 

@@ -34,13 +34,24 @@ class Data(Protocol):
 class FileFrames:
     """Frames in segments of this host: its own to write, all to read."""
 
-    def __init__(self, folder: Path, allocate: Callable[[], int]) -> None:
-        """Raises OSError."""
-        self.writer = SegmentWriter(folder, allocate)
-        self.reader = SegmentReader(folder)
-        self.append, self.settle = self.writer.append, self.writer.settle
-        self.read, self.forget = self.reader.read, self.reader.forget
+    def __init__(self, folder: Path, allocate: Callable[[], int], *, durable: bool = False) -> None:
+        """`durable`: a frame survives a power cut before its id is given. Raises OSError."""
+        self._writer = SegmentWriter(folder, allocate)
+        self._reader = SegmentReader(folder)
+        self._durable = durable
+        self.settle = self._writer.settle
+        self.read, self.forget = self._reader.read, self._reader.forget
+
+    def append(self, batch: pa.RecordBatch) -> int:
+        frame = self._writer.append(batch)
+        if self._durable:
+            try:
+                self._writer.sync()
+            except OSError:
+                self._writer.settle(frame)
+                raise
+        return frame
 
     def close(self) -> None:
-        self.writer.close()
-        self.reader.close()
+        self._writer.close()
+        self._reader.close()

@@ -1,12 +1,25 @@
-"""The decisions of the table, as plain values. Applied in order they rebuild its state; the journal keeps them."""
+"""The decisions of the table, as plain values. Applied in order they rebuild its state; the journal keeps them.
+
+In JSON (`docs/ledger.md` has every kind) a list of more than `PLAIN` values is written in runs:
+
+    sample ids   [7, [100, 1123]]          7, and then 100, 101, … 1123
+    versions     [5, [6, 1023]]            5 once, and then 6 for 1023 times
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Final
 
 import msgspec
+import numpy as np
 
 from asyncflow.errors import LedgerError
+
+PLAIN: Final = 64
+"""Lists of so many values are always written as they are."""
+LONGEST: Final = 1 << 24
+"""Values in one list: more make no sense, and would fill the memory."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -14,9 +27,24 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     kind: ClassVar[str]
     journaled: ClassVar[bool] = True
+    ids: ClassVar[tuple[str, ...]] = ()
+    """Fields that are written as runs of consecutive ids."""
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Fields that are written as runs of equal values."""
 
     def to_json(self) -> str:
-        return msgspec.json.encode(self).decode()
+        long: dict[str, Any] = {
+            name: _id_runs(values) for name in self.ids if len(values := getattr(self, name)) > PLAIN
+        }
+        long |= {name: _equal_runs(values) for name in self.repeated if len(values := getattr(self, name)) > PLAIN}
+        if not long:
+            return _ENCODER.encode(self).decode()
+        return _ENCODER.encode({name: long.get(name, getattr(self, name)) for name in self.__struct_fields__}).decode()
+
+    @property
+    def size(self) -> int:
+        """How many ids it names: what applying it costs grows with this."""
+        return sum(len(getattr(self, name)) for name in self.ids)
 
 
 class Opened(Event, frozen=True, kw_only=True):
@@ -89,6 +117,7 @@ class Leased(Event, frozen=True, kw_only=True):
     """Rows went to a worker."""
 
     kind = "leased"
+    ids = ("rows",)
     lease_id: int
     stage: str
     worker: str
@@ -110,6 +139,8 @@ class Acked(Event, frozen=True, kw_only=True):
     none has seen the rows: no columns, and −1 for a frame."""
 
     kind = "acked"
+    ids = ("rows",)
+    repeated = ("oldest", "newest")
     lease_id: int
     rows: tuple[int, ...]
     columns: int
@@ -126,6 +157,7 @@ class Returned(Event, frozen=True, kw_only=True):
     """Rows came back undone: by their worker, or because the lease ran out."""
 
     kind = "returned"
+    ids = ("rows",)
     lease_id: int
     rows: tuple[int, ...]
     reason: str
@@ -135,6 +167,7 @@ class Committed(Event, frozen=True, kw_only=True):
     """One step: its rows are in the weights that are published as `version`."""
 
     kind = "committed"
+    ids = ("trained", "skipped")
     trained: tuple[int, ...]
     skipped: tuple[int, ...]
     """Consumed by the step without being computed; they end as dropped."""
@@ -145,6 +178,7 @@ class Dropped(Event, frozen=True, kw_only=True):
     """Rows ended without being trained."""
 
     kind = "dropped"
+    ids = ("rows",)
     rows: tuple[int, ...]
     reason: str
 
@@ -153,6 +187,7 @@ class Quarantined(Event, frozen=True, kw_only=True):
     """Rows failed for good."""
 
     kind = "quarantined"
+    ids = ("rows",)
     rows: tuple[int, ...]
     reason: str
 
@@ -193,6 +228,62 @@ class Resumed(Event, frozen=True, kw_only=True):
     version: int
 
 
+def _id_runs(ids: tuple[int, ...]) -> list[int | tuple[int, int]]:
+    """Runs of consecutive ids as (first, last)."""
+    first, last = ids[0], ids[-1]
+    if last - first == len(ids) - 1 and ids == tuple(range(first, last + 1)):  # what most often is the case
+        return [(first, last)]
+    array = np.array(ids, np.int64)
+    begins = np.concatenate([[0], np.flatnonzero(np.diff(array) != 1) + 1])
+    lasts = array[np.append(begins[1:], len(array)) - 1].tolist()
+    return [
+        first if first == last else (first, last) for first, last in zip(array[begins].tolist(), lasts, strict=True)
+    ]
+
+
+def _equal_runs(values: tuple[int | None, ...]) -> list[int | tuple[int | None, int] | None]:
+    """Runs of equal values as (value, times)."""
+    if values.count(values[0]) == len(values):  # what nearly always is the case: one version made them all
+        return [(values[0], len(values))]
+    runs: list[list[Any]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return [value if times == 1 else (value, times) for value, times in runs]
+
+
+def _expand(runs: Sequence[Any], unfold: Callable[[Any, int], Sequence[int | None]]) -> tuple[int | None, ...]:
+    values: list[int | None] = []
+    for run in runs:
+        if not isinstance(run, list):
+            values.append(run)
+            continue
+        first, second = run
+        some = unfold(first, second)
+        if not 0 < len(some) <= LONGEST - len(values):
+            raise ValueError(f"{run} is no run of values")
+        values += some
+    return tuple(values)
+
+
+def _unfold_ids(first: int, last: int) -> Sequence[int]:
+    return range(first, last + 1)
+
+
+def _unfold_equal(value: int | None, times: int) -> Sequence[int | None]:
+    return [value] * min(times, LONGEST + 1)
+
+
+class Restarted(Event, frozen=True, kw_only=True):
+    """The broker is another process from here on; everybody else goes on as before. Leases live until `deadline` at
+    least, on the new process's clock."""
+
+    kind = "restarted"
+    deadline: float
+
+
 EVENTS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
@@ -210,13 +301,25 @@ EVENTS: dict[str, type[Event]] = {
         Served,
         Checkpointed,
         Resumed,
+        Restarted,
     )
 }
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODERS = {kind: msgspec.json.Decoder(event) for kind, event in EVENTS.items()}
 
 
 def from_json(kind: str, body: str) -> Event:
     """Inverse of `Event.to_json`. Raises LedgerError for an event that this program does not know."""
     try:
-        return msgspec.json.decode(body, type=EVENTS[kind])
-    except (KeyError, ValueError) as error:
+        if "[[" not in body and ",[" not in body:  # no runs
+            return _DECODERS[kind].decode(body)
+        event, fields = EVENTS[kind], msgspec.json.decode(body)
+        for name in event.ids:
+            fields[name] = _expand(fields[name], _unfold_ids)
+        for name in event.repeated:
+            fields[name] = _expand(fields[name], _unfold_equal)
+        return msgspec.convert(fields, event)
+    except (LookupError, TypeError, ValueError) as error:
         raise LedgerError(f"the ledger holds an event {kind!r} that cannot be read: {error}") from None

@@ -208,13 +208,9 @@ def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
             raise StoreError(
                 f"a client speaks protocol {request.protocol}, this store {wire.PROTOCOL}: use the matching release"
             )
-        columns = pa.schema([pa.field(name, kind) for name, kind in schema.columns.items()])
         return wire.Welcome(
             protocol=wire.PROTOCOL,
-            stages=tuple(schema.stages.values()),
-            columns=columns.serialize().to_pybytes(),
-            prompt_columns=schema.prompt_columns,
-            token_columns=schema.token_columns,
+            schema=schema.to_json(),
             group_size=store.group_size,
             folder=None if store.folder is None else str(store.folder),
             host=store.host,

@@ -55,19 +55,13 @@ def connect(
     """
     control = RemoteControl(location, token=token, tls_root=tls_root, patience=patience)
     welcome = control.hello()
-    arrow = pa.ipc.read_schema(pa.py_buffer(welcome.columns))
-    schema = Schema(
-        welcome.stages,
-        columns=dict(zip(arrow.names, arrow.types, strict=True)),
-        prompt_columns=welcome.prompt_columns,
-        token_columns=welcome.token_columns,
-    )
+    schema = Schema.from_json(welcome.schema)
     if local is None:
         local = welcome.folder is not None and _sees(Path(welcome.folder), welcome.host)
     data: Data
     if local:
         assert welcome.folder is not None, "a store in memory has no segments that others see"
-        data = FileFrames(Path(welcome.folder), control.allocate)
+        data = FileFrames(Path(welcome.folder), control.allocate, durable=welcome.durability == "power")
     else:
         data = RemoteFrames(control)
     return Store(schema, welcome.group_size, control, data)

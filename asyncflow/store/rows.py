@@ -5,13 +5,15 @@ Entry i belongs to sample `base + i`. Arrays grow by doubling, and forget their 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.store.lifecycle import OPEN_STATES, State
+from asyncflow.store.lifecycle import OPEN_STATES, STATES, State
 
 Ids = NDArray[np.int64]
 """Sample or group ids."""
@@ -59,6 +61,9 @@ class Marks:
 
     def put(self, ids: Ids, there: Flags | bool) -> None:
         """Add (`there`) or remove ids; each is named once."""
+        if len(ids) == 1:
+            self._put_one(int(ids[0]), there if isinstance(there, bool) else bool(there[0]))
+            return
         there = np.broadcast_to(there, ids.shape)
         inside = self._inside(ids)
         if not inside.all():
@@ -71,6 +76,18 @@ class Marks:
         self._bits[places] = there
         np.add.at(self._counts, places // CHUNK, change)
         self.count += int(change.sum())
+
+    def _put_one(self, number: int, there: bool) -> None:
+        """The same without arrays, which for one id are most of what it costs."""
+        if not self._base <= number < self._base + len(self._bits):
+            if not there:
+                return
+            self._reach(number, number)
+        place = number - self._base
+        if bool(self._bits[place]) != there:
+            self._bits[place] = there
+            self._counts[place // CHUNK] += 1 if there else -1
+            self.count += 1 if there else -1
 
     def has(self, ids: Ids) -> Flags:
         """Which of these are there."""
@@ -92,6 +109,16 @@ class Marks:
             if have >= most:
                 break
         return np.concatenate(found)[:most] if found else np.zeros(0, np.int64)
+
+    def copy(self) -> Self:
+        other = type(self)()
+        other._base, other._bits, other._counts = self._base, self._bits.copy(), self._counts.copy()
+        other.count = self.count
+        return other
+
+    def all(self) -> Ids:
+        """All of them, ascending."""
+        return np.flatnonzero(self._bits) + self._base
 
     def clear(self) -> None:
         self._bits[:] = False
@@ -169,6 +196,35 @@ class Rows:
         """Sample → why it came back, where it did."""
         for name, (dtype, fill, lines) in self._fields.items():
             setattr(self, name, np.full((*lines, CHUNK), fill, dtype))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the arrays."""
+        return tuple(self._fields)
+
+    def copy(self) -> Rows:
+        """As it is now, without room for more."""
+        other = copy(self)
+        for name in self._fields:
+            setattr(other, name, getattr(self, name)[..., : self.end - self.base].copy())
+        other.reasons = {sample_id: list(reasons) for sample_id, reasons in self.reasons.items()}
+        return other
+
+    def fill(self, end: int, ids: Ids, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Begin with these samples, ascending, of which `arrays` has everything; all others before `end` have ended.
+
+        Raises ValueError for arrays of another type or shape.
+        """
+        self.base = (int(ids[0]) if len(ids) else end) // CHUNK * CHUNK
+        self.end = self.base
+        self._make_room(end - self.base)
+        self.end = end
+        self.state[: end - self.base] = STATES.index(State.DROPPED)
+        for name, (dtype, _, lines) in self._fields.items():
+            array = arrays[name]
+            if array.dtype != dtype or array.shape != (*lines, len(ids)):
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, not {np.dtype(dtype)}{(*lines, len(ids))}")
+            getattr(self, name)[..., ids - self.base] = array
 
     def add(self, count: int) -> Ids:
         """Make entries for so many new samples, and return their ids."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ class Line(Protocol):
 
     def members(self) -> Ids:
         """All of them, ascending."""
+
+    def copy(self) -> Self:
+        """As it is now, to look at."""
 
 
 class Fifo(Marks):
@@ -89,6 +92,12 @@ class Sorted:
 
     def members(self) -> Ids:
         return np.sort(self.first(self.count))
+
+    def copy(self) -> Self:
+        other = type(self)(self._keys)
+        other._lines = {key: line.copy() for key, line in self._lines.items()}
+        other._order = list(self._order)
+        return other
 
 
 def line_for(stage: Stage, place: int, rows: Rows) -> Line:

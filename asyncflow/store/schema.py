@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
+import msgspec
 import pyarrow as pa
 
 from asyncflow.errors import ConfigError
@@ -101,6 +102,33 @@ class Schema:
         """Every column that a sample has in the end, in data order."""
         self._check()
 
+    def to_json(self) -> str:
+        """All of it, as the ledger keeps it and as clients are told."""
+        fields = [pa.field(name, kind) for name, kind in self.columns.items()]
+        written = _Written(
+            columns={name: str(kind) for name, kind in self.columns.items()},
+            arrow=pa.schema(fields).serialize().to_pybytes(),
+            prompt_columns=self.prompt_columns,
+            token_columns=self.token_columns,
+            stages=tuple(self.stages.values()),
+        )
+        return msgspec.json.encode(written).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`. Raises ConfigError for what is no schema."""
+        try:
+            written = msgspec.json.decode(text, type=_Written)
+            arrow = pa.ipc.read_schema(pa.py_buffer(written.arrow))
+        except (ValueError, pa.ArrowException, OSError) as error:
+            raise ConfigError(f"this is no schema: {error}") from None
+        return cls(
+            written.stages,
+            columns=dict(zip(arrow.names, arrow.types, strict=True)),
+            prompt_columns=written.prompt_columns,
+            token_columns=written.token_columns,
+        )
+
     def mask(self, columns: Iterable[str]) -> int:
         """Columns as a bit set. Raises ConfigError for an unknown one."""
         mask = 0
@@ -151,3 +179,15 @@ class Schema:
         for stage in self.stages.values():
             if missing := self.names(self.needs[stage.name] & ~written):
                 raise ConfigError(f"stage {stage.name} needs {', '.join(missing)}, which no stage writes")
+
+
+class _Written(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A schema as JSON."""
+
+    columns: dict[str, str]
+    """Name → type, for people."""
+    arrow: bytes
+    """The same as an Arrow IPC schema message, in base64."""
+    prompt_columns: tuple[str, ...]
+    token_columns: tuple[str, ...]
+    stages: tuple[Stage, ...]

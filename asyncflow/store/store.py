@@ -26,11 +26,12 @@ from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Waited
 from asyncflow.store.columns import about_tokens, conform, prompt_tokens, same_lengths
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import Committed, Opened, PutId, Samples
-from asyncflow.store.journal import Journal
+from asyncflow.store.journal import Durability, Journal, LedgerReader
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import MemoryFrames, SegmentFolder
+from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
@@ -40,6 +41,8 @@ the trained samples and then the skipped ones, as `sample_id`, `group_id` and ev
 written. Everybody waits meanwhile, and it must not raise: the step is committed already."""
 
 
+RESTART_GRACE = 60.0
+"""Seconds for which leases live on after a restart of the broker."""
 HOST_FILE = "host"
 """In the folder of the segments: who reads the same there sees the same folder."""
 
@@ -283,19 +286,33 @@ class EmbeddedStore(Store):
 
     @classmethod
     def create(
-        cls, schema: Schema, opened: Opened, *, ledger: Path, data: Path | None = None, clock: Clock | None = None
+        cls,
+        schema: Schema,
+        opened: Opened,
+        *,
+        ledger: Path,
+        data: Path | None = None,
+        durability: Durability = "process",
+        clock: Clock | None = None,
     ) -> Self:
         """The store of a new run under these terms. `data`: folder of the samples' data; None keeps them in memory.
 
         Raises LedgerError when the ledger exists, or one of the two cannot be made.
         """
         clock = clock or SystemClock()
-        journal = Journal.create(ledger, opened, clock.wall())
-        return cls._open(Table(schema, opened), journal, data, clock)
+        journal = Journal.create(ledger, opened, clock.wall(), schema)
+        return cls._open(Table(schema, opened), journal, folder=data, durability=durability, clock=clock)
 
     @classmethod
     def reopen(
-        cls, schema: Schema, *, ledger: Path, data: Path, step: int | None = None, clock: Clock | None = None
+        cls,
+        schema: Schema,
+        *,
+        ledger: Path,
+        data: Path,
+        step: int | None = None,
+        durability: Durability = "process",
+        clock: Clock | None = None,
     ) -> Self:
         """The store of an earlier process, which has ended, as its ledger tells it, gone back to the version of `step`.
 
@@ -305,31 +322,50 @@ class EmbeddedStore(Store):
         clock = clock or SystemClock()
         table = rebuild(schema, ledger)
         events = table.resume(table.learner.n if step is None else step)
-        store = cls._open(table, Journal(ledger), data, clock)
+        store = cls._open(table, Journal(ledger), folder=data, durability=durability, clock=clock)
         # Before any lease could run out: that nobody renewed it is not the fault of its rows.
         store.broker.perform(events)
         return store
 
     @classmethod
-    def _open(cls, table: Table, journal: Journal, folder: Path | None, clock: Clock) -> Self:
+    def restart(
+        cls, *, ledger: Path, data: Path, durability: Durability = "process", clock: Clock | None = None
+    ) -> Self:
+        """The store of an earlier process, which has ended, for workers that still live.
+
+        Leases go on as they were, and have `RESTART_GRACE` seconds to be renewed. Raises LedgerError.
+        """
+        clock = clock or SystemClock()
+        with LedgerReader(ledger) as reader:
+            schema = reader.schema
+        store = cls._open(rebuild(schema, ledger), Journal(ledger), folder=data, durability=durability, clock=clock)
+        store.broker.perform(store.table.restart(deadline=clock.monotonic() + RESTART_GRACE))
+        return store
+
+    @classmethod
+    def _open(
+        cls, table: Table, journal: Journal, *, folder: Path | None, durability: Durability, clock: Clock
+    ) -> Self:
         if folder is None:
             memory = MemoryFrames()
             account = Account(memory)
             memory.allocate = account.allocate
-            return cls(Broker(table, journal, account, memory, volatile=True, clock=clock), memory)
+            return cls(Broker(table, journal, account, memory, durability="memory", clock=clock), memory)
         shelf = SegmentFolder(folder)
-        broker = Broker(table, journal, Account(shelf, table.frames(), after=table.last_frame), shelf, clock=clock)
+        account = Account(shelf, table.frames(), after=table.last_frame)
+        snapshots = Snapshots(journal.path, journal)
+        broker = Broker(table, journal, account, shelf, durability=durability, snapshots=snapshots, clock=clock)
         try:
-            data = FileFrames(folder, broker.allocate)
+            data = FileFrames(folder, broker.allocate, durable=durability == "power")
             shelf.on_removed = data.forget
             return cls(broker, data, folder)
         except OSError as error:
             raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
 
     @property
-    def durability(self) -> str:
-        """What an acknowledged put survives: `memory` nothing, `process` kill -9 of every process."""
-        return "memory" if self.folder is None else "process"
+    def durability(self) -> Durability:
+        """What an acknowledged put survives."""
+        return self.broker.durability
 
     def append(self, batch: pa.RecordBatch) -> int:
         """Keep a frame for somebody else, who names it to the broker and then settles it here. Raises LedgerError."""

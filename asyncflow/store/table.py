@@ -16,8 +16,9 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -39,6 +40,7 @@ from asyncflow.store.events import (
     PutId,
     Quarantined,
     Renewed,
+    Restarted,
     Resumed,
     Returned,
     Samples,
@@ -70,6 +72,7 @@ serves newer weights; nothing, because the last step has all of its samples; sam
 as may be open, or their data are as large as they may be."""
 
 
+PROMPTED = STATES.index(State.PROMPTED)
 REWARDED = STATES.index(State.REWARDED)
 GENERATED = STATES.index(State.GENERATED)
 
@@ -111,6 +114,25 @@ class Window:
     """(G, n) Open, and too old."""
     short: Flags
     """(G,) So many are late that what is left is too little to train: its place goes to a later group."""
+
+
+class Image(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What a table knows besides its arrays, as plain values. Versions are packed."""
+
+    terms: Opened
+    next_sample: int
+    next_group: int
+    next_lease: int
+    last_frame: int
+    learner: int
+    served: dict[str, int]
+    ended: dict[str, int]
+    reasons: dict[int, list[str]]
+    leases: list[tuple[int, str, str, int, int, float, int]]
+    """Id, stage, worker, how many rows were leased, how many it holds, deadline, bound."""
+    puts: dict[str, tuple[PutId, int, int]]
+    consumed: list[tuple[int, int, int]]
+    """Step, how many it trained, how many it skipped."""
 
 
 class Table:
@@ -689,6 +711,10 @@ class Table:
             raise IllegalTransition(f"the run, which is at {self.learner}, cannot go on from step {number}: {gone}")
         return [Resumed(version=PolicyVersion(incarnation=self.learner.incarnation + 1, n=number).packed)]
 
+    def restart(self, *, deadline: float) -> list[Event]:
+        """Go on in another process, for workers that still live (see `Restarted`)."""
+        return [Restarted(deadline=deadline)]
+
     def needed_by(self, event: Event) -> Counter[int]:
         """Frames that so many rows begin to need with this event; a row that needs several columns counts for each
         stage that has written one."""
@@ -804,22 +830,29 @@ class Table:
         return handler(self, event)
 
     def _apply_admitted(self, event: Admitted) -> set[str]:
-        groups = np.arange(event.first_group, event.first_group + len(event.prompt_tokens))
-        ids = self.rows.add(len(groups) * self.group_size)
-        index, rows = ids - self.rows.base, self.rows
-        rows.columns[index] = self.schema.prompt_mask
-        rows.prompt_tokens[index] = rows.tokens[index] = np.repeat(event.prompt_tokens, self.group_size)
-        rows.frame[0, index] = event.frame
+        size, many = self.group_size, len(event.prompt_tokens)
+        ids, rows = self.rows.add(many * size), self.rows
+        new = slice(rows.end - len(ids) - rows.base, rows.end - rows.base)
+        rows.columns[new] = self.schema.prompt_mask
+        rows.prompt_tokens[new] = np.repeat(event.prompt_tokens, size) if size > 1 else event.prompt_tokens
+        rows.tokens[new] = rows.prompt_tokens[new]
+        rows.frame[0, new] = event.frame
         self.last_frame = max(self.last_frame, event.frame)
-        rows.offset[0, index] = ids // self.group_size - event.first_group
-        self._counts[STATES.index(State.PROMPTED)] += len(ids)
-        self.groups.put(groups, there=True)
-        self.next_group += len(groups)
+        rows.offset[0, new] = np.repeat(np.arange(many), size) if len(ids) > 1 else 0
+        self._counts[PROMPTED] += len(ids)
+        self.groups.put(np.arange(event.first_group, event.first_group + many), there=True)
+        self.next_group += many
         self.next_sample += len(ids)
         if event.put is not None:
-            self.puts[event.put.producer] = event.put, event.first_group, len(groups)
-        topics = set() if event.samples is None else self._complete(ids, event.samples)
-        return topics | self._enqueue(ids)
+            self.puts[event.put.producer] = event.put, event.first_group, many
+        if event.samples is not None:
+            return self._complete(ids, event.samples) | self._enqueue(ids)
+        topics = set()
+        for stage, marks in self._ready.items():  # all of them are alike
+            if not self.schema.needs[stage] & ~self.schema.prompt_mask:
+                marks.put(ids, there=True)
+                topics.add(stage)
+        return topics
 
     def _complete(self, ids: Ids, samples: Samples) -> set[str]:
         """New samples that were generated elsewhere."""
@@ -846,8 +879,7 @@ class Table:
         if tokens:
             rows.tokens[index] += np.array(tokens, np.int32)
         if oldest:
-            rows.oldest[index] = [NONE if version is None else version for version in oldest]
-            rows.newest[index] = [NONE if version is None else version for version in newest]
+            rows.oldest[index], rows.newest[index] = _versions(oldest), _versions(newest)
         needs = self.schema.needs[self.schema.train.name]
         complete = ids[(rows.state[index] == GENERATED) & (rows.columns[index] & needs == needs)]
         if not len(complete):
@@ -999,6 +1031,12 @@ class Table:
         self._enqueue(ids)
         return {ADMISSION, *self.schema.stages}
 
+    def _apply_restarted(self, event: Restarted) -> set[str]:
+        self._deadlines.clear()
+        for lease_id in self.leases:
+            self._set_deadline(lease_id, event.deadline)
+        return {ADMISSION, *self.schema.stages}
+
     def _generate_again(self, ids: Ids) -> None:
         self._move(ids, Move.GENERATE_AGAIN)
         index, rows = ids - self.rows.base, self.rows
@@ -1010,10 +1048,15 @@ class Table:
     def _move(self, ids: Ids, move: Move) -> None:
         if not len(ids):
             return
-        before = self.rows.state[ids - self.rows.base]
+        index = ids - self.rows.base
+        before = self.rows.state[index]
         after = next_states(before, move)
-        self.rows.state[ids - self.rows.base] = after
-        self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
+        self.rows.state[index] = after
+        if len(ids) == 1:
+            self._counts[before] -= 1
+            self._counts[after] += 1
+        else:
+            self._counts += np.bincount(after, minlength=len(STATES)) - np.bincount(before, minlength=len(STATES))
 
     def _end(self, ids: Ids, move: Move, reason: str) -> None:
         if not len(ids):
@@ -1110,6 +1153,92 @@ class Table:
             "states": self.states,
         }
 
+    def copy(self) -> Table:
+        """The table as it is now, to be read in another thread."""
+        other = copy(self)
+        other.rows, other.groups, other.taken = self.rows.copy(), self.groups.copy(), self.taken.copy()
+        other.leases = {lease_id: copy(lease) for lease_id, lease in self.leases.items()}
+        other.served, other.ended, other.consumed = dict(self.served), self.ended.copy(), dict(self.consumed)
+        other.puts = dict(self.puts)
+        other._counts = self._counts.copy()
+        other._ready = {stage: marks.copy() for stage, marks in self._ready.items()}
+        other._deadlines = list(self._deadlines)
+        return other
+
+    def dump(self) -> tuple[Image, dict[str, NDArray[Any]]]:
+        """Everything, for `load`: plain values, and arrays. Samples that have ended for good are left out."""
+        ids, steps = self.rows.alive(), self.consumed.items()
+        every = len(ids) == self.rows.end - self.rows.base
+        index = slice(0, len(ids)) if every else ids - self.rows.base
+        nothing = np.zeros(0, np.int64)
+        arrays: dict[str, NDArray[Any]] = {
+            **{f"rows.{name}": getattr(self.rows, name)[..., index] for name in self.rows.fields},
+            **{f"ready.{stage}": marks.members() for stage, marks in self._ready.items()},
+            "ids": ids,
+            "groups": self.groups.all(),
+            "taken": self.taken.all(),
+            "counts": self._counts,
+            "leased": np.concatenate([nothing, *(lease.rows for lease in self.leases.values())]),
+            "consumed": np.concatenate([nothing, *(step.rows for _, step in steps)]),
+        }
+        image = Image(
+            terms=self.terms,
+            next_sample=self.next_sample,
+            next_group=self.next_group,
+            next_lease=self.next_lease,
+            last_frame=self.last_frame,
+            learner=self.learner.packed,
+            served={engine: version.packed for engine, version in self.served.items()},
+            ended=dict(self.ended),
+            reasons=self.rows.reasons,
+            leases=[
+                (lease_id, lease.stage, lease.worker, len(lease.rows), lease.left, lease.deadline, lease.max_staleness)
+                for lease_id, lease in self.leases.items()
+            ],
+            puts=self.puts,
+            consumed=[(n, len(step.trained), len(step.skipped)) for n, step in steps],
+        )
+        return image, arrays
+
+    @classmethod
+    def load(cls, schema: Schema, image: Image, arrays: Mapping[str, NDArray[Any]]) -> Self:
+        """The table that `dump` has told. Raises LookupError, TypeError or ValueError for what it cannot have told."""
+        table = cls(schema, image.terms)
+        fields = {name: arrays[f"rows.{name}"] for name in table.rows.fields}
+        table.rows.fill(image.next_sample, arrays["ids"], fields)
+        table.rows.reasons = image.reasons
+        table.groups.put(arrays["groups"], there=True)
+        table.taken.put(arrays["taken"], there=True)
+        for stage, marks in table._ready.items():
+            marks.put(arrays[f"ready.{stage}"], there=True)
+        table._counts[:] = arrays["counts"]
+        table.next_sample, table.next_group, table.next_lease, table.last_frame = (
+            image.next_sample, image.next_group, image.next_lease, image.last_frame,
+        )  # fmt: skip
+        table.learner = PolicyVersion.unpack(image.learner)
+        table.served = {engine: PolicyVersion.unpack(version) for engine, version in image.served.items()}
+        table.ended = Counter(image.ended)
+        table.puts = image.puts
+        begin = 0
+        for lease_id, stage, worker, count, left, deadline, bound in image.leases:
+            rows = arrays["leased"][begin : begin + count]
+            table.leases[lease_id] = LeaseRecord(stage, worker, rows, left, deadline, bound)
+            table._set_deadline(lease_id, deadline)
+            begin += count
+        begin = 0
+        for n, trained, skipped in image.consumed:
+            rows = arrays["consumed"][begin : begin + trained + skipped]
+            table.consumed[n] = Consumed(rows[:trained], rows[trained:])
+            begin += trained + skipped
+        return table
+
+
+def _versions(packed: Sequence[int | None]) -> Sequence[int] | NDArray[np.int64]:
+    """With NONE in place of None."""
+    if len(packed) > 1 and packed.count(packed[0]) == len(packed):
+        return np.full(len(packed), NONE if packed[0] is None else packed[0], np.int64)
+    return [NONE if version is None else version for version in packed]
+
 
 def _checked(priority: int) -> int:
     if not -MOST_PRIORITY <= priority <= MOST_PRIORITY:
@@ -1136,4 +1265,5 @@ _HANDLERS: dict[type[Event], Callable[[Table, Any], set[str]]] = {
     Amended: Table._apply_amended,
     Checkpointed: Table._apply_checkpointed,
     Resumed: Table._apply_resumed,
+    Restarted: Table._apply_restarted,
 }

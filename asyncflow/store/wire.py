@@ -21,7 +21,6 @@ from asyncflow import errors
 from asyncflow.errors import AsyncFlowError, DamagedData, LeaseLost, StoreError
 from asyncflow.store.client import Counts, Grant, Place, Waited
 from asyncflow.store.events import PutId, Samples
-from asyncflow.store.schema import Stage
 from asyncflow.types import PolicyVersion
 
 PROTOCOL = 1
@@ -55,11 +54,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to `Hello`."""
 
     protocol: int
-    stages: tuple[Stage, ...]
-    columns: bytes
-    """Arrow IPC schema message of all columns."""
-    prompt_columns: tuple[str, ...]
-    token_columns: tuple[str, ...]
+    schema: str
+    """`Schema.to_json`."""
     group_size: int
     folder: str | None
     """Of the segments; None: they are in the server's memory."""
