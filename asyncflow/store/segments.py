@@ -165,8 +165,6 @@ class SegmentWriter:
         self._current: _Segment | None = None
         self._encoders: OrderedDict[pa.Schema, Encoder] = OrderedDict()
         self._sync_lock = threading.Lock()
-        self._appended = self._synced = 0
-        """Frames that were appended, and how many of them a sync has covered."""
         self._unsynced: set[int] = set()
         """Segments that were written to since the last sync."""
         self._unsynced_names = True
@@ -192,7 +190,6 @@ class SegmentWriter:
             frame = self._write(segment, BATCH, parts, size, schema=encoder.schema_id, rows=len(batch))
             segment.open_frames.add(frame)
             self._unsynced.add(segment.number)
-            self._appended += 1
             return frame
 
     def settle(self, frame: int) -> None:
@@ -207,14 +204,10 @@ class SegmentWriter:
 
         Raises OSError. The writer is of no use afterwards: what a failed sync has lost cannot be known.
         """
-        with self._lock:
-            wanted = self._appended
-        with self._sync_lock:
+        with self._sync_lock:  # whoever waits here may find everything done
             with self._lock:
                 self._check()
-                if self._synced >= wanted:
-                    return
-                covered, numbers, self._unsynced = self._appended, self._unsynced, set()
+                numbers, self._unsynced = self._unsynced, set()
                 names, self._unsynced_names = self._unsynced_names, False
                 files = {number: os.dup(self._segments[number].file) for number in numbers & self._segments.keys()}
             try:
@@ -229,7 +222,6 @@ class SegmentWriter:
             finally:
                 for file in files.values():
                     os.close(file)
-            self._synced = covered
 
     def close(self) -> None:
         """Give back what was not used of the last segment, and all locks. May be called twice."""
