@@ -840,11 +840,13 @@ def test_memory_keeps_a_frame_until_nobody_needs_it() -> None:
 # -- bytes that are not what was written -------------------------------------------------------------------------------
 
 
-def forge(folder: Path, schema: pa.Schema, messages: list[bytes], counts: list[int]) -> list[int]:
+def forge(
+    folder: Path, schema: pa.Schema, messages: list[bytes], counts: list[int], *, schema_id: int | None = None
+) -> list[int]:
     """A segment with these messages as record batches, all checksums right. Returns the frames."""
     data, frames = b"", []
     schema_message = schema.serialize().to_pybytes()
-    schema_id = xxhash.xxh3_64_intdigest(schema_message)
+    schema_id = xxhash.xxh3_64_intdigest(schema_message) if schema_id is None else schema_id
     for message, count in zip([schema_message, *messages], [0, *counts], strict=True):
         kind = BATCH if data else SCHEMA
         header = Header(kind, len(message), 1, len(data), schema_id, count, xxhash.xxh3_64_intdigest(message))
@@ -884,6 +886,17 @@ def test_a_schema_without_measure_is_refused(tmp_path: Path, schema: pa.Schema, 
     for count in (1, 8):
         with pytest.raises(DamagedData, match=words):
             SegmentReader(tmp_path).read({"a": pa.int8()}, np.array(frames[:count]), np.zeros(count, np.int32))
+
+
+def test_a_schema_under_the_id_of_another_is_refused(tmp_path: Path) -> None:
+    batch = pa.RecordBatch.from_pydict({"a": pa.array([1.0], pa.float32())})
+    other = pa.schema([("a", pa.int32())])
+    stolen = xxhash.xxh3_64_intdigest(batch.schema.serialize().to_pybytes())
+    frames = forge(tmp_path, other, [batch.serialize().to_pybytes()] * 8, [1] * 8, schema_id=stolen)
+
+    for count in (1, 8):
+        with pytest.raises(DamagedData, match="its schema does not have the id that it is named by"):
+            SegmentReader(tmp_path).read({"a": pa.int32()}, np.array(frames[:count]), np.zeros(count, np.int32))
 
 
 def test_a_count_of_rows_that_is_not_the_batchs_is_refused(tmp_path: Path) -> None:
