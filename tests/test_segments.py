@@ -908,6 +908,23 @@ def test_a_count_of_rows_that_is_not_the_batchs_is_refused(tmp_path: Path) -> No
     assert damage.value.frame == frames[7]
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_kind_of_frame_that_there_is_not_is_refused(tmp_path: Path, count: int) -> None:
+    batch = pa.RecordBatch.from_pydict({"a": pa.array([1], pa.int64())})
+    frames = forge(tmp_path, batch.schema, [batch.serialize().to_pybytes()] * 8, [1] * 8)
+    data = bytearray(segment_path(tmp_path, 1).read_bytes())
+    offset = frames[0] & ((1 << OFFSET_BITS) - 1)
+    data[offset + 6] = 3
+    data[offset + HEADER.size : offset + HEADER_BYTES] = xxhash.xxh3_64_intdigest(
+        bytes(data[offset : offset + HEADER.size])
+    ).to_bytes(8, "little")
+    segment_path(tmp_path, 1).write_bytes(data)
+
+    with pytest.raises(DamagedData, match="it is no record batch") as damage:
+        SegmentReader(tmp_path).read({"a": pa.int64()}, np.array(frames[:count]), np.zeros(count, np.int32))
+    assert damage.value.frame == frames[0]
+
+
 def test_text_that_is_none_is_refused_also_among_many(tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_pydict({"a": pa.array(["abcdefgh"])})
     good = batch.serialize().to_pybytes()
