@@ -913,7 +913,7 @@ def test_a_kind_of_frame_that_there_is_not_is_refused(tmp_path: Path, count: int
     batch = pa.RecordBatch.from_pydict({"a": pa.array([1], pa.int64())})
     frames = forge(tmp_path, batch.schema, [batch.serialize().to_pybytes()] * 8, [1] * 8)
     data = bytearray(segment_path(tmp_path, 1).read_bytes())
-    offset = frames[0] & ((1 << OFFSET_BITS) - 1)
+    offset = frames[count - 1] & ((1 << OFFSET_BITS) - 1)
     data[offset + 6] = 3
     data[offset + HEADER.size : offset + HEADER_BYTES] = xxhash.xxh3_64_intdigest(
         bytes(data[offset : offset + HEADER.size])
@@ -922,7 +922,7 @@ def test_a_kind_of_frame_that_there_is_not_is_refused(tmp_path: Path, count: int
 
     with pytest.raises(DamagedData, match="it is no record batch") as damage:
         SegmentReader(tmp_path).read({"a": pa.int64()}, np.array(frames[:count]), np.zeros(count, np.int32))
-    assert damage.value.frame == frames[0]
+    assert damage.value.frame == frames[count - 1]
 
 
 def test_text_that_is_none_is_refused_also_among_many(tmp_path: Path) -> None:
