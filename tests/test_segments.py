@@ -752,16 +752,31 @@ def test_a_file_that_became_a_segment_before_its_writer_was_killed_is_not_given_
         assert rolling.reader.batch(frame).equals(rows(1, seed=seed))
 
 
-def test_no_more_than_a_few_files_are_kept_and_none_when_the_store_is_closed(rolling: Files) -> None:
-    frames = [rolling.writer.append(rows(1)) for _ in range(8)]
-    for frame in frames[:7]:
-        removed(rolling, frame)
-    assert [name for name in rolling.names() if name.endswith(".free")] == [f"00000{n}.free" for n in (4, 5, 6, 7)]
+def test_only_so_many_bytes_of_files_are_kept_and_none_when_the_store_is_closed(tmp_path: Path) -> None:
+    files = Files(tmp_path, segment_bytes=200 << 20)
+    frames = []
+    for _ in range(4):
+        frames.append(files.writer.append(rows(1)))
+        files.writer.settle(frames[-1])
+        files.writer._seal()
+    files.account.remove(files.account.unneeded())
+    assert files.names() == ["000003.free", "000004.free"]
 
-    folder = SegmentFolder(rolling.folder)
-    folder.close()
+    SegmentFolder(tmp_path).close()
 
-    assert rolling.names() == ["000008.segment"]
+    assert files.names() == []
+    files.close()
+
+
+def test_the_smallest_file_that_has_room_is_used_again(tmp_path: Path) -> None:
+    for name, size in (("000001", 1 << 22), ("000002", 1 << 20), ("000003", 1 << 12)):
+        tmp_path.joinpath(f"{name}.free").write_bytes(bytes(size))
+    writer = SegmentWriter(tmp_path, iter([7]).__next__, segment_bytes=1 << 16)
+
+    writer.append(rows(1))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.free", "000003.free", "000007.segment"]
+    writer.close()
 
 
 def test_no_reader_ever_sees_bytes_of_another_segment(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ UNFINISHED: Final = ".new"
 """A segment that its writer has not locked yet, or one whose writer was killed before."""
 FREE: Final = ".free"
 """A file that was a segment, and may become another one."""
-FREE_FILES: Final = 4
+FREE_BYTES: Final = 512 << 20
+"""What such files may take together."""
 FLOCK: Final = struct.Struct("hhqqi")
 """The system's `struct flock`: type, whence, start, length, process."""
 SEGMENT_BYTES: Final = 64 << 20
@@ -125,6 +126,13 @@ def is_name_of(path: Path, file: int) -> bool:
 def free_files(folder: Path) -> list[Path]:
     """Files that were segments, the oldest first."""
     return sorted(folder.glob(f"*{FREE}"), key=lambda path: (len(path.stem), path.stem))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def segment_of(frame: int) -> int:
@@ -293,7 +301,7 @@ class SegmentWriter:
 
     def _claim(self, size: int) -> tuple[int, Path] | None:
         """A file of at least this size that was a segment and that nobody has mapped, locked against others."""
-        for path in free_files(self._folder):
+        for path in sorted(free_files(self._folder), key=_size):
             try:
                 file = os.open(path, os.O_RDWR)
             except FileNotFoundError:
@@ -690,13 +698,14 @@ class SegmentFolder(Shelf):
         """Remove a segment, if it is there; a few files are kept for those to come."""
         path = segment_path(self.folder, number)
         with suppress(FileNotFoundError):
-            if path.stat().st_size > SEGMENT_BYTES:
-                path.unlink()
-            else:
-                path.rename(path.with_suffix(FREE))
+            path.rename(path.with_suffix(FREE))
         # The oldest go first: somebody may have mapped them, and never let go.
-        for old in free_files(self.folder)[:-FREE_FILES]:
-            old.unlink(missing_ok=True)
+        room = FREE_BYTES
+        for free in reversed(free_files(self.folder)):
+            with suppress(FileNotFoundError):  # somebody has taken it meanwhile
+                room -= free.stat().st_size
+                if room < 0:
+                    free.unlink()
 
     def close(self) -> None:
         for path in free_files(self.folder):
