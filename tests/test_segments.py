@@ -752,16 +752,31 @@ def test_a_file_that_became_a_segment_before_its_writer_was_killed_is_not_given_
         assert rolling.reader.batch(frame).equals(rows(1, seed=seed))
 
 
-def test_no_more_than_a_few_files_are_kept_and_none_when_the_store_is_closed(rolling: Files) -> None:
-    frames = [rolling.writer.append(rows(1)) for _ in range(8)]
-    for frame in frames[:7]:
-        removed(rolling, frame)
-    assert [name for name in rolling.names() if name.endswith(".free")] == [f"00000{n}.free" for n in (4, 5, 6, 7)]
+def test_only_so_many_bytes_of_files_are_kept_and_none_when_the_store_is_closed(tmp_path: Path) -> None:
+    files = Files(tmp_path, segment_bytes=200 << 20)
+    frames = []
+    for _ in range(4):
+        frames.append(files.writer.append(rows(1)))
+        files.writer.settle(frames[-1])
+        files.writer._seal()
+    files.account.remove(files.account.unneeded())
+    assert files.names() == ["000003.free", "000004.free"]
 
-    folder = SegmentFolder(rolling.folder)
-    folder.close()
+    SegmentFolder(tmp_path).close()
 
-    assert rolling.names() == ["000008.segment"]
+    assert files.names() == []
+    files.close()
+
+
+def test_the_smallest_file_that_has_room_is_used_again(tmp_path: Path) -> None:
+    for name, size in (("000001", 1 << 22), ("000002", 1 << 20), ("000003", 1 << 12)):
+        tmp_path.joinpath(f"{name}.free").write_bytes(bytes(size))
+    writer = SegmentWriter(tmp_path, iter([7]).__next__, segment_bytes=1 << 16)
+
+    writer.append(rows(1))
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.free", "000003.free", "000007.segment"]
+    writer.close()
 
 
 def test_no_reader_ever_sees_bytes_of_another_segment(tmp_path: Path) -> None:
@@ -840,11 +855,13 @@ def test_memory_keeps_a_frame_until_nobody_needs_it() -> None:
 # -- bytes that are not what was written -------------------------------------------------------------------------------
 
 
-def forge(folder: Path, schema: pa.Schema, messages: list[bytes], counts: list[int]) -> list[int]:
+def forge(
+    folder: Path, schema: pa.Schema, messages: list[bytes], counts: list[int], *, schema_id: int | None = None
+) -> list[int]:
     """A segment with these messages as record batches, all checksums right. Returns the frames."""
     data, frames = b"", []
     schema_message = schema.serialize().to_pybytes()
-    schema_id = xxhash.xxh3_64_intdigest(schema_message)
+    schema_id = xxhash.xxh3_64_intdigest(schema_message) if schema_id is None else schema_id
     for message, count in zip([schema_message, *messages], [0, *counts], strict=True):
         kind = BATCH if data else SCHEMA
         header = Header(kind, len(message), 1, len(data), schema_id, count, xxhash.xxh3_64_intdigest(message))
@@ -886,6 +903,17 @@ def test_a_schema_without_measure_is_refused(tmp_path: Path, schema: pa.Schema, 
             SegmentReader(tmp_path).read({"a": pa.int8()}, np.array(frames[:count]), np.zeros(count, np.int32))
 
 
+def test_a_schema_under_the_id_of_another_is_refused(tmp_path: Path) -> None:
+    batch = pa.RecordBatch.from_pydict({"a": pa.array([1.0], pa.float32())})
+    other = pa.schema([("a", pa.int32())])
+    stolen = xxhash.xxh3_64_intdigest(batch.schema.serialize().to_pybytes())
+    frames = forge(tmp_path, other, [batch.serialize().to_pybytes()] * 8, [1] * 8, schema_id=stolen)
+
+    for count in (1, 8):
+        with pytest.raises(DamagedData, match="its schema does not have the id that it is named by"):
+            SegmentReader(tmp_path).read({"a": pa.int32()}, np.array(frames[:count]), np.zeros(count, np.int32))
+
+
 def test_a_count_of_rows_that_is_not_the_batchs_is_refused(tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_pydict({"a": pa.array([1], pa.int64())})
     frames = forge(tmp_path, batch.schema, [batch.serialize().to_pybytes()] * 8, [1] * 7 + [2])
@@ -893,6 +921,23 @@ def test_a_count_of_rows_that_is_not_the_batchs_is_refused(tmp_path: Path) -> No
     with pytest.raises(DamagedData, match="it has 1 rows and not 2") as damage:
         SegmentReader(tmp_path).read({"a": pa.int64()}, np.array(frames), np.zeros(8, np.int32))
     assert damage.value.frame == frames[7]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_kind_of_frame_that_there_is_not_is_refused(tmp_path: Path, count: int) -> None:
+    batch = pa.RecordBatch.from_pydict({"a": pa.array([1], pa.int64())})
+    frames = forge(tmp_path, batch.schema, [batch.serialize().to_pybytes()] * 8, [1] * 8)
+    data = bytearray(segment_path(tmp_path, 1).read_bytes())
+    offset = frames[count - 1] & ((1 << OFFSET_BITS) - 1)
+    data[offset + 6] = 3
+    data[offset + HEADER.size : offset + HEADER_BYTES] = xxhash.xxh3_64_intdigest(
+        bytes(data[offset : offset + HEADER.size])
+    ).to_bytes(8, "little")
+    segment_path(tmp_path, 1).write_bytes(data)
+
+    with pytest.raises(DamagedData, match="it is no record batch") as damage:
+        SegmentReader(tmp_path).read({"a": pa.int64()}, np.array(frames[:count]), np.zeros(count, np.int32))
+    assert damage.value.frame == frames[count - 1]
 
 
 def test_text_that_is_none_is_refused_also_among_many(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Account:
         self._unneeded = sizes.keys() - needed
         self._unsynced: set[int] = set()
         self.has_garbage = bool(self._unneeded)
-        """Whether some segment has become unneeded since `unneeded` was called."""
+        """Whether there is a segment that was needed and is not any more."""
         self.bytes = sum(use.needed_bytes for use in self._uses.values())
         """Of the data that are needed, as far as the rows of a segment are of the same size."""
 
@@ -100,8 +100,8 @@ class Account:
         """Segments that no row needs and no writer uses, to be removed when the ledger is on disk. They are not known
         any more; each is named once."""
         unneeded = sorted(number for number in self._unneeded if not self._shelf.in_use(number))
-        self.has_garbage = False
         self._unneeded.difference_update(unneeded)
+        self.has_garbage = any(self._uses[number].ever for number in self._unneeded)  # its writer still has it
         self._unsynced.difference_update(unneeded)
         for number in unneeded:
             del self._uses[number]

@@ -285,6 +285,7 @@ class Broker:
             raise LedgerError(
                 f"the data of the samples cannot be synced ({error}): see that their disk works"
             ) from error
+        self._journal.sync()
         self.reclaim()
         return lsn
 
@@ -293,8 +294,9 @@ class Broker:
         a power cut would need them again. Raises LedgerError."""
         with self._lock:
             unneeded = self._account.unneeded()
-        self._journal.sync()
-        self._account.remove(unneeded)
+        if unneeded:
+            self._journal.sync()
+            self._account.remove(unneeded)
 
     def close(self) -> None:
         with self._lock:

@@ -207,6 +207,7 @@ class Mapped:
         right &= (nodes[:, :, 1] == 0).all(axis=1) & (nodes[:, layout.top, 0] == rows[:, None]).all(axis=1)
         begins, lengths = buffers[:, :, 0], buffers[:, :, 1]
         right &= ((begins >= 0) & (lengths >= 0) & (lengths <= body[:, None] - begins)).all(axis=1)
+        right &= (begins % 8 == 0).all(axis=1)
         fits = right[frame] & (row >= 0) & (row < rows[frame])
         begins = begins + (offsets + HEADER_BYTES + size)[:, None]
         spans = []
@@ -235,7 +236,8 @@ class Mapped:
         first, last = whole[place].astype(np.int64), whole[place + 1].astype(np.int64)
         values = at + 2
         if column.nested:
-            good &= (lengths[:, values] == 0) & (last <= numbers.counts[:, column.node + 1])
+            count = numbers.counts[:, column.node + 1]
+            good &= (lengths[:, values] == 0) & (last <= count) & (count <= lengths[:, values + 1] // size)
             values += 1
         good &= (first >= 0) & (first <= last) & (last <= lengths[:, values] // size)
         begin = begins[:, values]

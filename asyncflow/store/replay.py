@@ -30,6 +30,7 @@ from asyncflow.store.events import (
     Dropped,
     Event,
     Leased,
+    Prioritised,
     Quarantined,
     Renewed,
     Restarted,

@@ -56,7 +56,8 @@ UNFINISHED: Final = ".new"
 """A segment that its writer has not locked yet, or one whose writer was killed before."""
 FREE: Final = ".free"
 """A file that was a segment, and may become another one."""
-FREE_FILES: Final = 4
+FREE_BYTES: Final = 512 << 20
+"""What such files may take together."""
 FLOCK: Final = struct.Struct("hhqqi")
 """The system's `struct flock`: type, whence, start, length, process."""
 SEGMENT_BYTES: Final = 64 << 20
@@ -127,6 +128,13 @@ def free_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{FREE}"), key=lambda path: (len(path.stem), path.stem))
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def segment_of(frame: int) -> int:
     return frame >> OFFSET_BITS
 
@@ -165,8 +173,6 @@ class SegmentWriter:
         self._current: _Segment | None = None
         self._encoders: OrderedDict[pa.Schema, Encoder] = OrderedDict()
         self._sync_lock = threading.Lock()
-        self._appended = self._synced = 0
-        """Frames that were appended, and how many of them a sync has covered."""
         self._unsynced: set[int] = set()
         """Segments that were written to since the last sync."""
         self._unsynced_names = True
@@ -192,7 +198,6 @@ class SegmentWriter:
             frame = self._write(segment, BATCH, parts, size, schema=encoder.schema_id, rows=len(batch))
             segment.open_frames.add(frame)
             self._unsynced.add(segment.number)
-            self._appended += 1
             return frame
 
     def settle(self, frame: int) -> None:
@@ -207,14 +212,10 @@ class SegmentWriter:
 
         Raises OSError. The writer is of no use afterwards: what a failed sync has lost cannot be known.
         """
-        with self._lock:
-            wanted = self._appended
-        with self._sync_lock:
+        with self._sync_lock:  # whoever waits here may find everything done
             with self._lock:
                 self._check()
-                if self._synced >= wanted:
-                    return
-                covered, numbers, self._unsynced = self._appended, self._unsynced, set()
+                numbers, self._unsynced = self._unsynced, set()
                 names, self._unsynced_names = self._unsynced_names, False
                 files = {number: os.dup(self._segments[number].file) for number in numbers & self._segments.keys()}
             try:
@@ -229,7 +230,6 @@ class SegmentWriter:
             finally:
                 for file in files.values():
                     os.close(file)
-            self._synced = covered
 
     def close(self) -> None:
         """Give back what was not used of the last segment, and all locks. May be called twice."""
@@ -301,7 +301,7 @@ class SegmentWriter:
 
     def _claim(self, size: int) -> tuple[int, Path] | None:
         """A file of at least this size that was a segment and that nobody has mapped, locked against others."""
-        for path in free_files(self._folder):
+        for path in sorted(free_files(self._folder), key=_size):
             try:
                 file = os.open(path, os.O_RDWR)
             except FileNotFoundError:
@@ -701,14 +701,15 @@ class SegmentFolder(Shelf):
         """Remove a segment, if it is there; a few files are kept for those to come."""
         path = segment_path(self.folder, number)
         with suppress(FileNotFoundError):
-            if path.stat().st_size > SEGMENT_BYTES:
-                path.unlink()
-            else:
-                path.rename(path.with_suffix(FREE))
+            path.rename(path.with_suffix(FREE))
         self.on_removed(number)
         # The oldest go first: somebody may have mapped them, and never let go.
-        for old in free_files(self.folder)[:-FREE_FILES]:
-            old.unlink(missing_ok=True)
+        room = FREE_BYTES
+        for free in reversed(free_files(self.folder)):
+            with suppress(FileNotFoundError):  # somebody has taken it meanwhile
+                room -= free.stat().st_size
+                if room < 0:
+                    free.unlink()
 
     def close(self) -> None:
         for path in free_files(self.folder):
