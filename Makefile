@@ -68,8 +68,8 @@ bench: setup ## Run all benchmarks (half an hour): JSON=results.json keeps the f
 peers: $(PEERS)/.complete ## Install what `asyncflow bench store --peer` compares with, into .venv-peers
 	@:
 
-# Ray leaves a trace of the folder it was installed to in nothing, but the venv's scripts do: a moved one is built anew.
-$(PEERS)/.complete: requirements/peers.lock $(if $(wildcard $(PEERS)),$(if $(shell grep -sF '$(CURDIR)/$(PEERS)' $(PEERS)/bin/activate),,stale))
+# Scripts of a venv that was moved name its old place: it is built anew.
+$(PEERS)/.complete: requirements/peers.lock $(if $(shell grep -sF '$(CURDIR)/$(PEERS)' $(PEERS)/bin/activate),,stale)
 	@echo 'Installing requirements/peers.lock into $(PEERS): two minutes and 2 GB.'
 	@rm -rf $(PEERS)
 	@$(PYTHON) -m venv $(PEERS)

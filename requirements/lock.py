@@ -50,8 +50,8 @@ HEADER = """\
 """
 
 GROUP_HEADER = """\
-# Made by `make lock` from the dependency group {name!r} of pyproject.toml for Python 3.11 on Linux (x86-64). Install with:
-# pip install --no-deps -r
+# Made by `make lock` from the dependency group {name!r} of pyproject.toml for Python 3.11 on Linux (x86-64).
+# Install with: pip install --no-deps -r
 """
 
 

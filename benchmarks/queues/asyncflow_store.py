@@ -1,0 +1,270 @@
+"""AsyncFlow's store: a server process that owns the ledger, and clients that write and map segments of Arrow data.
+
+Everything here that calls the store is in `OurStore`, `create` and `_serve`: a change of its interface ends there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from asyncflow.algorithms.packing import jagged
+from asyncflow.doctor import installed
+from asyncflow.store.broker import Store
+from asyncflow.store.events import Opened
+from asyncflow.store.schema import Schema, Stage
+from asyncflow.types import PolicyVersion
+from benchmarks.queues.base import KINDS, Got, Kind, MissingFeature, Place, Queue, Side
+from benchmarks.queues.figures import processes
+from benchmarks.queues.samples import Ragged, Samples, finished, part
+
+TOKEN = "benchmark"
+JUDGED = "judged"
+"""A column that no benchmark writes: the stage `parked` waits for it."""
+BATCH, STALENESS = 1024, 4095
+"""Samples of a step, and a bound that leaves room for four million."""
+
+
+def schema_of(kind: Kind) -> Schema:
+    """Rollout writes what is not in the prompt; readers need their columns and write nothing."""
+    generated = tuple(name for name in kind.columns if name not in (*kind.prompt, "reward"))
+    stages = [Stage(name="rollout", role="generate", needs=kind.prompt, writes=generated)]
+    if "reward" in kind.columns:
+        stages.append(Stage(name="reward", role="score", needs=(*kind.prompt, *generated), writes=("reward",)))
+    stages += [
+        Stage(name="judge", role="score", needs=kind.prompt, writes=(JUDGED,)),
+        Stage(name="parked", role="score", needs=(JUDGED,)),
+        *(Stage(name=name, role="score", needs=needs) for name, needs in kind.readers.items()),
+        Stage(name="actor_update", role="train", needs=tuple(kind.columns)),
+    ]
+    types = {name: arrow_type(dtype) for name, dtype in kind.columns.items()} | {JUDGED: pa.float32()}
+    return Schema(stages, columns=types, prompt_columns=kind.prompt)
+
+
+def arrow_type(dtype: str) -> pa.DataType:
+    return pa.list_(arrow_type(dtype.removeprefix("list:"))) if dtype.startswith("list:") else pa.type_for_alias(dtype)
+
+
+def create(folder: Path, kind: str, *, durability: str = "process") -> Store:
+    opened = Opened(
+        train_batch_size=BATCH,
+        num_generations=1,
+        max_staleness=STALENESS,
+        last_version=None,
+        min_group=1,
+        max_attempts=3,
+    )
+    schema = schema_of(KINDS[kind])
+    store = Store.create(schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability))
+    store.serve("producer", PolicyVersion(n=0))  # nothing is admitted before an engine serves a version
+    return store
+
+
+def of(durability: str) -> dict[str, Any]:
+    return {} if durability == "process" else {"durability": durability}
+
+
+class OurStore(Queue):
+    """One client, of an embedded store or of one behind Arrow Flight."""
+
+    def __init__(self, store: Any, kind: str) -> None:
+        self._store = store
+        self._kind = KINDS[kind]
+        self._worker = f"bench-{uuid.uuid4().hex[:8]}"
+        self._put: list[int] = []
+
+    def prepare(self, samples: Samples) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+        arrays = {name: arrow(column) for name, column in samples.items()}
+        return tuple(  # type: ignore[return-value]
+            pa.record_batch([arrays[name] for name in names], names=names)
+            for names in (list(self._kind.prompt), [name for name in arrays if name not in self._kind.prompt])
+        )
+
+    def put(self, batch: tuple[pa.RecordBatch, pa.RecordBatch]) -> None:
+        groups = self._store.admit(*batch, timeout=60.0)
+        if groups is None:
+            raise TimeoutError("the store has no room")
+        self._put += groups
+
+    def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
+        lease = self._store.lease(reader, worker=self._worker, max_rows=rows, ttl=600.0, timeout=timeout)
+        if lease is None:
+            return None
+        return Got(columns=tensors(lease.data), rows=len(lease.sample_ids), handle=lease)
+
+    def done(self, got: Got) -> None:
+        self._store.ack(got.handle.lease_id, got.handle.sample_ids, pa.record_batch([], names=[]))
+
+    def can_park(self) -> None:
+        pass
+
+    def park(self) -> None:
+        self._store.lease("parked", worker=self._worker, max_rows=1, ttl=600.0, timeout=3600.0)
+
+    def clear(self) -> None:
+        self._store.drop(self._put, reason="cleared")
+        self._put.clear()
+
+    def close(self) -> None:
+        self._store.close()
+
+
+def arrow(column: Ragged | Any) -> pa.Array:
+    if isinstance(column, Ragged):
+        return pa.ListArray.from_arrays(pa.array(column.offsets.astype("int32")), pa.array(column.values))
+    return pa.array(column)
+
+
+def tensors(data: pa.RecordBatch) -> Mapping[str, Tensor]:
+    return {
+        name: jagged(column) if pa.types.is_list(column.type) else from_dlpack(column)
+        for name, column in zip(data.schema.names, data.columns, strict=True)
+    }
+
+
+def connect(address: tuple[str, str], *, remote: bool = False) -> OurStore:
+    from asyncflow.store.remote import connect as connect_to
+
+    location, kind = address
+    return OurStore(connect_to(location, token=TOKEN, **({"remote": True} if remote else {})), kind)
+
+
+class Served(Place):
+    """A store in a process of its own, which listens on the loopback."""
+
+    connect = staticmethod(connect)
+
+    def __init__(self, folder: Path, kind: str, durability: str) -> None:
+        here, there = processes.Pipe()
+        self._process: SpawnProcess = processes.Process(
+            target=_serve, args=(str(folder), kind, durability, there), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self.address = (here.recv(), kind)
+
+    def client(self, *, remote: bool = False) -> OurStore:
+        return connect(self.address, remote=remote)
+
+    def servers(self) -> list[int]:
+        return [self._process.pid or 0]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(folder: str, kind: str, durability: str, answers: Connection) -> None:
+    from asyncflow.store.flight import StoreServer
+
+    server = StoreServer(create(Path(folder), kind, durability=durability), "grpc://127.0.0.1:0", token=TOKEN)
+    answers.send(server.location)
+    server.serve()
+
+
+class Embedded(Place):
+    """A store in this process: the only clients are threads."""
+
+    connect = staticmethod(connect)
+
+    def __init__(self, folder: Path, kind: str, durability: str) -> None:
+        self.address = None
+        self._kind = kind
+        self._store = create(folder, kind, durability=durability)
+
+    def client(self, *, remote: bool = False) -> OurStore:
+        assert not remote
+        return _Shared(self._store, self._kind)
+
+    def servers(self) -> list[int]:
+        return []
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class _Shared(OurStore):
+    def close(self) -> None:
+        """The store is closed by who opened it."""
+
+
+class AsyncFlowSide(Side):
+    name = "asyncflow"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def open(self, kind: str, **terms: Any) -> Iterator[Place]:
+        """`embedded`: without a server. `durability`: of what is acknowledged."""
+        embedded, durability = terms.pop("embedded", False), terms.pop("durability", "process")
+        if terms:
+            raise MissingFeature(f"it knows no {', '.join(terms)}")
+        folder = self._folder / f"store-{next(self._numbers)}"
+        folder.mkdir(parents=True)
+        place = (Embedded if embedded else Served)(folder, kind, durability)
+        try:
+            yield place
+        finally:
+            place.close()
+            shutil.rmtree(folder)
+
+    def recover(self, rows: int) -> dict[str, Any]:
+        folder = self._folder / f"store-{next(self._numbers)}"
+        folder.mkdir(parents=True)
+        filler = processes.Process(target=_fill, args=(str(folder), rows))
+        began = time.perf_counter()
+        filler.start()
+        filler.join()
+        fill_s = time.perf_counter() - began
+        if filler.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"filling the store failed with exit code {filler.exitcode}")
+        began = time.perf_counter()
+        store = Store.reopen(schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data")
+        seconds = time.perf_counter() - began
+        found = store.counts().admitted
+        store.close()
+        shutil.rmtree(folder)
+        return {"rows": rows, "fill_s": fill_s, "recovery_s": [seconds], "found": found}
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "versions": {name: value for name, value in installed().items() if value is not None},
+            "medium": f"segment files and ledger under {self._folder}",
+            "durability": "process: what was acknowledged survives kill -9 of every process",
+            "checksums": True,
+            "processes": "a server and the clients; embedded_…: none",
+            "transport": "Arrow Flight over TCP loopback for control, mapped files for data",
+        }
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _fill(folder: str, rows: int) -> None:
+    """Put samples one by one, then die as by kill -9."""
+    client = OurStore(create(Path(folder), "finished"), "finished")
+    samples = finished(BATCH, prompt=4, response=8)
+    batches = [client.prepare(part(samples, row, row + 1)) for row in range(BATCH)]
+    for row in range(rows):
+        client.put(batches[row % BATCH])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def side(folder: Path) -> AsyncFlowSide:
+    return AsyncFlowSide(folder)

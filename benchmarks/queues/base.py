@@ -1,0 +1,141 @@
+"""What a queue must be able to do to be measured, and the columns that samples have."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmarks.queues.samples import Samples
+
+
+class MissingFeature(Exception):
+    """A queue cannot do this; the text says what it lacks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Samples of one form."""
+
+    columns: Mapping[str, str]
+    """NumPy type of each; one that begins with `list:` has several values in a sample."""
+    prompt: tuple[str, ...]
+    """The columns that are there before generation."""
+    readers: Mapping[str, tuple[str, ...]]
+    """Columns that each consumer needs. Each of them gets every sample once."""
+
+
+FINISHED = ("prompt_ids", "response_ids", "logprobs", "reward")
+WIDE = tuple(f"c{number:02}" for number in range(32))
+KINDS: Mapping[str, Kind] = {
+    "finished": Kind(
+        columns={
+            "prompt_ids": "list:int64",
+            "response_ids": "list:int64",
+            "logprobs": "list:float32",
+            "reward": "float32",
+        },
+        prompt=("prompt_ids",),
+        readers={"reader": FINISHED, "again": FINISHED},
+    ),
+    "wide": Kind(
+        columns={"key": "list:int64", **dict.fromkeys(WIDE, "list:float32")},
+        prompt=("key",),
+        readers={"one": WIDE[:1], "all": WIDE},
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Got:
+    """Samples in a consumer's hands."""
+
+    columns: Mapping[str, Tensor]
+    """Jagged (nested) tensors, and plain ones where a sample has one value."""
+    rows: int
+    handle: Any
+    """What the queue needs to be told that they are done."""
+
+
+class Queue(ABC):
+    """One client of a queue."""
+
+    @abstractmethod
+    def prepare(self, samples: Samples) -> Any:
+        """The samples in the form in which this queue takes them. Not part of any figure."""
+
+    @abstractmethod
+    def put(self, batch: Any) -> None:
+        """Returns when the queue has acknowledged all of them."""
+
+    @abstractmethod
+    def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
+        """So many samples as tensors, for one of the kind's readers; None when they are not there within `timeout`
+        seconds. A queue that cannot wait asks again after `interval` seconds, and without a pause when that is 0."""
+
+    @abstractmethod
+    def done(self, got: Got) -> None:
+        """Tell the queue that a reader has finished with them."""
+
+    def can_park(self) -> None:
+        """Raises MissingFeature when `park` would ask again and again."""
+        raise MissingFeature("a consumer that waits asks again and again: none is parked")
+
+    def park(self) -> None:
+        """Wait for samples that never come, until the process is killed."""
+        self.can_park()
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove all that this client has put."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave. May be called twice."""
+
+
+class Place(ABC):
+    """An empty queue for samples of one kind, with its servers running."""
+
+    connect: Callable[[Any], Queue]
+    """A function of a module, which makes a client in another process from `address`."""
+    address: Any
+
+    def client(self, *, remote: bool = False) -> Queue:
+        """A new client in this process. `remote` treats it as if it were on another host. Raises MissingFeature."""
+        if remote:
+            raise MissingFeature("there is no other way for clients on another host")
+        return type(self).connect(self.address)
+
+    @abstractmethod
+    def servers(self) -> list[int]:
+        """Process ids of all that serves it."""
+
+
+class Side(ABC):
+    """One of the compared queues, up and running."""
+
+    name: str
+
+    @abstractmethod
+    def open(self, kind: str, **terms: Any) -> AbstractContextManager[Place]:
+        """An empty queue. Raises MissingFeature for terms that it does not know."""
+
+    def recover(self, rows: int) -> dict[str, Any]:
+        """Fill a queue with samples that are put one by one, kill everything that has to do with it, and start again.
+
+        Returns `fill_s`, `recovery_s` (a list of one) and the samples that were `found`. Raises MissingFeature."""
+        raise MissingFeature("what is in its memory is gone when its processes are")
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Versions, medium, durability: what a reader of the figures must know."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop everything."""
