@@ -24,9 +24,9 @@ from torch.utils.dlpack import from_dlpack
 
 from asyncflow.algorithms.packing import jagged
 from asyncflow.doctor import installed
-from asyncflow.store.broker import Store
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
+from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
 from benchmarks.queues.base import KINDS, Got, Kind, MissingFeature, Place, Queue, Side
 from benchmarks.queues.figures import processes
@@ -59,7 +59,7 @@ def arrow_type(dtype: str) -> pa.DataType:
     return pa.list_(arrow_type(dtype.removeprefix("list:"))) if dtype.startswith("list:") else pa.type_for_alias(dtype)
 
 
-def create(folder: Path, kind: str, *, durability: str = "process") -> Store:
+def create(folder: Path, kind: str, *, durability: str = "process") -> EmbeddedStore:
     opened = Opened(
         train_batch_size=BATCH,
         num_generations=1,
@@ -69,7 +69,7 @@ def create(folder: Path, kind: str, *, durability: str = "process") -> Store:
         max_attempts=3,
     )
     schema = schema_of(KINDS[kind])
-    store = Store.create(schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability))
+    store = EmbeddedStore.create(schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability))
     store.serve("producer", PolicyVersion(n=0))  # nothing is admitted before an engine serves a version
     return store
 
@@ -81,7 +81,7 @@ def of(durability: str) -> dict[str, Any]:
 class OurStore(Queue):
     """One client, of an embedded store or of one behind Arrow Flight."""
 
-    def __init__(self, store: Any, kind: str) -> None:
+    def __init__(self, store: Store, kind: str) -> None:
         self._store = store
         self._kind = KINDS[kind]
         self._worker = f"bench-{uuid.uuid4().hex[:8]}"
@@ -89,7 +89,7 @@ class OurStore(Queue):
 
     def prepare(self, samples: Samples) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         arrays = {name: arrow(column) for name, column in samples.items()}
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             pa.record_batch([arrays[name] for name in names], names=names)
             for names in (list(self._kind.prompt), [name for name in arrays if name not in self._kind.prompt])
         )
@@ -107,7 +107,7 @@ class OurStore(Queue):
         return Got(columns=tensors(lease.data), rows=len(lease.sample_ids), handle=lease)
 
     def done(self, got: Got) -> None:
-        self._store.ack(got.handle.lease_id, got.handle.sample_ids, pa.record_batch([], names=[]))
+        self._store.ack(got.handle.lease_id, got.handle.sample_ids.tolist(), pa.record_batch([], names=[]))
 
     def can_park(self) -> None:
         pass
@@ -235,7 +235,7 @@ class AsyncFlowSide(Side):
         if filler.exitcode != -signal.SIGKILL:
             raise RuntimeError(f"filling the store failed with exit code {filler.exitcode}")
         began = time.perf_counter()
-        store = Store.reopen(schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data")
+        store = EmbeddedStore.reopen(schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data")
         seconds = time.perf_counter() - began
         found = store.counts().admitted
         store.close()

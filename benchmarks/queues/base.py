@@ -44,8 +44,8 @@ KINDS: Mapping[str, Kind] = {
         readers={"reader": FINISHED, "again": FINISHED},
     ),
     "wide": Kind(
-        columns={"key": "list:int64", **dict.fromkeys(WIDE, "list:float32")},
-        prompt=("key",),
+        columns={"prompt_ids": "list:int64", **dict.fromkeys(WIDE, "list:float32")},
+        prompt=("prompt_ids",),
         readers={"one": WIDE[:1], "all": WIDE},
     ),
 }

@@ -51,11 +51,11 @@ def finished(rows: int, *, prompt: int = 256, response: int = 512, seed: int = 0
 
 
 def wide(rows: int, *, length: int = 64, seed: int = 0) -> Samples:
-    """32 columns of `length` float32 each, and a key."""
+    """32 columns of `length` float32 each, and a prompt of one token."""
     random = np.random.default_rng(seed)
     lengths = np.full(rows, length)
     columns = {name: ragged(random, lengths, "float32") for name in WIDE}
-    return {"key": ragged(random, np.ones(rows, np.int64), "int64"), **columns}
+    return {"prompt_ids": ragged(random, np.ones(rows, np.int64), "int64"), **columns}
 
 
 def rows_of(samples: Samples) -> int:
