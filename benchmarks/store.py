@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ class Sides:
     """The children, of which only the one that is asked runs."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._children = {name: Child(_command(name, folder / name), log=folder / f"{name}.log") for name in names}
+        self._children = {name: Child(command(name, folder / name), log=folder / f"{name}.log") for name in names}
         self.about = {name: child.ask("about") for name, child in self._children.items()}
         self._running: str | None = None
         for child in self._children.values():
@@ -254,9 +255,10 @@ class Sides:
             child.close()
 
 
-def _command(name: str, folder: Path) -> list[str]:
+def command(name: str, folder: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
+    """Starts one side in its own environment."""
     python = sys.executable if name == OURS else str(PEER_PYTHON)
-    return [python, "-m", "benchmarks.queues", name, str(folder)]
+    return [python, "-m", "benchmarks.queues", name, str(folder), dumps(dict(settings or {}))]
 
 
 def measure(

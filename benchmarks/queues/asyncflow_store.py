@@ -24,6 +24,7 @@ from torch.utils.dlpack import from_dlpack
 
 from asyncflow.algorithms.packing import jagged
 from asyncflow.doctor import installed
+from asyncflow.store.client import Lease
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.store.store import EmbeddedStore, Store
@@ -56,6 +57,8 @@ def schema_of(kind: Kind) -> Schema:
 
 
 def arrow_type(dtype: str) -> pa.DataType:
+    if dtype == "object":
+        return pa.binary()
     return pa.list_(arrow_type(dtype.removeprefix("list:"))) if dtype.startswith("list:") else pa.type_for_alias(dtype)
 
 
@@ -69,7 +72,9 @@ def create(folder: Path, kind: str, *, durability: str = "process") -> EmbeddedS
         max_attempts=3,
     )
     schema = schema_of(KINDS[kind])
-    store = EmbeddedStore.create(schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability))
+    store = EmbeddedStore.create(
+        schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability)
+    )
     store.serve("producer", PolicyVersion(n=0))  # nothing is admitted before an engine serves a version
     return store
 
@@ -100,11 +105,13 @@ class OurStore(Queue):
             raise TimeoutError("the store has no room")
         self._put += groups
 
-    def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
-        lease = self._store.lease(reader, worker=self._worker, max_rows=rows, ttl=600.0, timeout=timeout)
-        if lease is None:
-            return None
-        return Got(columns=tensors(lease.data), rows=len(lease.sample_ids), handle=lease)
+    def take(
+        self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0, hold: float = 600.0
+    ) -> Lease | None:
+        return self._store.lease(reader, worker=self._worker, max_rows=rows, ttl=hold, timeout=timeout)
+
+    def read(self, taken: Lease) -> Mapping[str, Tensor]:
+        return tensors(taken.data)
 
     def done(self, got: Got) -> None:
         self._store.ack(got.handle.lease_id, got.handle.sample_ids.tolist(), pa.record_batch([], names=[]))
@@ -235,7 +242,9 @@ class AsyncFlowSide(Side):
         if filler.exitcode != -signal.SIGKILL:
             raise RuntimeError(f"filling the store failed with exit code {filler.exitcode}")
         began = time.perf_counter()
-        store = EmbeddedStore.reopen(schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data")
+        store = EmbeddedStore.reopen(
+            schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data"
+        )
         seconds = time.perf_counter() - began
         found = store.counts().admitted
         store.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,25 +23,31 @@ class Kind:
     """Samples of one form."""
 
     columns: Mapping[str, str]
-    """NumPy type of each; one that begins with `list:` has several values in a sample."""
+    """NumPy type of each; one that begins with `list:` has several values in a sample. `object` is one
+    that no queue should take."""
     prompt: tuple[str, ...]
     """The columns that are there before generation."""
     readers: Mapping[str, tuple[str, ...]]
     """Columns that each consumer needs. Each of them gets every sample once."""
 
 
-FINISHED = ("prompt_ids", "response_ids", "logprobs", "reward")
+FINISHED_TYPES = {
+    "prompt_ids": "list:int64",
+    "response_ids": "list:int64",
+    "logprobs": "list:float32",
+    "reward": "float32",
+}
 WIDE = tuple(f"c{number:02}" for number in range(32))
 KINDS: Mapping[str, Kind] = {
     "finished": Kind(
-        columns={
-            "prompt_ids": "list:int64",
-            "response_ids": "list:int64",
-            "logprobs": "list:float32",
-            "reward": "float32",
-        },
+        columns=FINISHED_TYPES,
         prompt=("prompt_ids",),
-        readers={"reader": FINISHED, "again": FINISHED},
+        readers={"reader": tuple(FINISHED_TYPES), "again": tuple(FINISHED_TYPES)},
+    ),
+    "noted": Kind(
+        columns={**FINISHED_TYPES, "note": "object"},
+        prompt=("prompt_ids",),
+        readers={"reader": (*FINISHED_TYPES, "note")},
     ),
     "wide": Kind(
         columns={"prompt_ids": "list:int64", **dict.fromkeys(WIDE, "list:float32")},
@@ -57,9 +63,12 @@ class Got:
 
     columns: Mapping[str, Tensor]
     """Jagged (nested) tensors, and plain ones where a sample has one value."""
-    rows: int
     handle: Any
     """What the queue needs to be told that they are done."""
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.columns.values())))
 
 
 class Queue(ABC):
@@ -73,10 +82,27 @@ class Queue(ABC):
     def put(self, batch: Any) -> None:
         """Returns when the queue has acknowledged all of them."""
 
+    def put_members(self, order: Sequence[tuple[int, int]], group_size: int) -> None:
+        """Put samples one by one as generation ends, each of which is (group, number in its group): the group's number
+        is its prompt. Raises MissingFeature."""
+        raise MissingFeature("it knows no groups")
+
     @abstractmethod
+    def take(
+        self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0, hold: float = 600.0
+    ) -> Any | None:
+        """So many samples for one of the kind's readers, not yet read; None when they are not there within `timeout`
+        seconds. A queue that cannot wait asks again after `interval` seconds, and without a pause when that is 0. One
+        that watches over its consumers takes them back after `hold` seconds."""
+
+    @abstractmethod
+    def read(self, taken: Any) -> Mapping[str, Tensor]:
+        """The columns of what was taken."""
+
     def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
-        """So many samples as tensors, for one of the kind's readers; None when they are not there within `timeout`
-        seconds. A queue that cannot wait asks again after `interval` seconds, and without a pause when that is 0."""
+        """Take and read at once."""
+        taken = self.take(rows, reader=reader, timeout=timeout, interval=interval)
+        return None if taken is None else Got(columns=self.read(taken), handle=taken)
 
     @abstractmethod
     def done(self, got: Got) -> None:
@@ -115,6 +141,14 @@ class Place(ABC):
     @abstractmethod
     def servers(self) -> list[int]:
         """Process ids of all that serves it."""
+
+    def checkpoint(self) -> None:
+        """What has to be called to keep what is there now. A queue that keeps everything has nothing to do."""
+        raise MissingFeature("it has no checkpoints")
+
+    def restart(self, *, from_checkpoint: bool) -> None:
+        """Start the servers again after they were killed."""
+        raise MissingFeature("its servers cannot be started again")
 
 
 class Side(ABC):

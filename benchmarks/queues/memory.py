@@ -31,14 +31,18 @@ class Lists(Queue):
     def put(self, batch: list[dict[str, Any]]) -> None:
         self._place.rows += batch
 
-    def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
+    def take(
+        self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0, hold: float = 600.0
+    ) -> Any | None:
         first = self._place.read[reader]
         found = self._place.rows[first : first + rows]
         if len(found) < rows:
             return None
         self._place.read[reader] += rows
-        columns = {name: _tensor([row[name] for row in found]) for name in self._place.kind.readers[reader]}
-        return Got(columns=columns, rows=rows, handle=None)
+        return [{name: row[name] for name in self._place.kind.readers[reader]} for row in found]
+
+    def read(self, taken: Any) -> Mapping[str, Tensor]:
+        return {name: _tensor([row[name] for row in taken]) for name in taken[0]}
 
     def done(self, got: Got) -> None:
         """What was given out is forgotten."""
@@ -64,7 +68,7 @@ class MemoryPlace(Place):
         self.read: dict[str, int] = defaultdict(int)
 
     @property
-    def address(self) -> Any:  # type: ignore[override]
+    def address(self) -> Any:
         raise MissingFeature("no other process can reach it")
 
     def client(self, *, remote: bool = False) -> Lists:
@@ -92,5 +96,5 @@ class MemorySide(Side):
         """There is nothing to stop."""
 
 
-def side(folder: Path) -> MemorySide:
+def side(folder: Path, **settings: Any) -> MemorySide:
     return MemorySide()

@@ -9,21 +9,22 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 
 from benchmarks.queues.base import KINDS, Got, MissingFeature, Place, Queue, Side
-from benchmarks.queues.samples import Ragged, Samples, rows_of
+from benchmarks.queues.samples import Ragged, Samples, finished, rows_of
 
 ACTORS = ("TransferQueueController", "SimpleStorageUnit")
 
@@ -44,7 +45,7 @@ class TransferQueueClient(Queue):
                 torch.from_numpy(column.values), torch.from_numpy(column.offsets)
             )
             if isinstance(column, Ragged)
-            else torch.from_numpy(column)
+            else (NonTensorStack(*column) if isinstance(column, list) else torch.from_numpy(column))
             for name, column in samples.items()
         }
         return TensorDict(columns, batch_size=rows_of(samples))
@@ -52,7 +53,15 @@ class TransferQueueClient(Queue):
     def put(self, batch: TensorDict) -> None:
         self.raw.put(data=batch, partition_id=self._partition)
 
-    def get(self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0) -> Got | None:
+    def put_members(self, order: Sequence[tuple[int, int]], group_size: int) -> None:
+        for group, _ in order:
+            one = dict(finished(1, prompt=2, response=4))
+            one["prompt_ids"] = Ragged(values=np.array([group]), offsets=np.array([0, 1]))
+            self.put(self.prepare(one))
+
+    def take(
+        self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0, hold: float = 600.0
+    ) -> Any | None:
         fields = list(self._kind.readers[reader])
         deadline = time.monotonic() + timeout
         while True:
@@ -60,12 +69,15 @@ class TransferQueueClient(Queue):
                 data_fields=fields, batch_size=rows, partition_id=self._partition, mode="fetch", task_name=reader
             )
             if meta.size:
-                data = self.raw.get_data(meta)
-                return Got(columns={name: data[name] for name in fields}, rows=meta.size, handle=meta)
+                return meta
             if time.monotonic() >= deadline:
                 return None
             if interval:
                 time.sleep(interval)
+
+    def read(self, taken: Any) -> Mapping[str, torch.Tensor]:
+        data = self.raw.get_data(taken)
+        return {name: data[name] for name in taken.field_names}
 
     def done(self, got: Got) -> None:
         """Samples count as consumed when their metadata are handed out: there is nothing to say."""
@@ -85,8 +97,9 @@ def connect(address: tuple[Any, str, str]) -> TransferQueueClient:
 class Partition(Place):
     connect = staticmethod(connect)
 
-    def __init__(self, config: Any, kind: str) -> None:
-        self.address = (config, f"bench-{uuid.uuid4().hex[:8]}", kind)
+    def __init__(self, side: TransferQueueSide, kind: str) -> None:
+        self._side = side
+        self.address = (side.config, f"bench-{uuid.uuid4().hex[:8]}", kind)
 
     def servers(self) -> list[int]:
         """The controller and the storage units; not the rest of Ray."""
@@ -96,12 +109,23 @@ class Partition(Place):
             if any(actor in " ".join(process.cmdline()) for actor in ACTORS)
         ]
 
+    def checkpoint(self) -> None:
+        transfer_queue.save_checkpoint(self._side.folder / "checkpoint")
+
+    def restart(self, *, from_checkpoint: bool) -> None:
+        self._side.restart()
+        self.address = (self._side.config, *self.address[1:])
+        if from_checkpoint:
+            transfer_queue.load_checkpoint(self._side.folder / "checkpoint")
+
 
 class TransferQueueSide(Side):
     name = "transferqueue"
 
-    def __init__(self, folder: Path, *, polling: bool = True, sampler: Any = "SequentialSampler") -> None:
-        """`polling`: a fetch that finds too little answers so at once; otherwise the controller sleeps in it."""
+    def __init__(self, folder: Path, *, polling: bool = True, group: int = 0, limit: int | None = None) -> None:
+        """`polling`: a fetch that finds too little answers so at once; otherwise the controller sleeps in it (which is
+        its default). `group`: use its sampler for groups of this size. `limit`: of samples, for all storage units."""
+        self.folder = folder
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         logging.disable(logging.WARNING)
         if not ray.is_initialized():
@@ -114,21 +138,26 @@ class TransferQueueSide(Side):
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
-        self.config = transfer_queue.init(
-            OmegaConf.create(
-                {
-                    "controller": {"polling_mode": polling, "sampler": sampler},
-                    "backend": {"SimpleStorage": {"num_data_storage_units": 2}},
-                },
-                flags={"allow_objects": True},
-            )
+        sampler = transfer_queue.GRPOGroupNSampler(n_samples_per_prompt=group) if group else "SequentialSampler"
+        self._wanted = OmegaConf.create(
+            {
+                "controller": {"polling_mode": polling, "sampler": sampler},
+                "backend": {"SimpleStorage": {"num_data_storage_units": 2, "total_storage_size": limit}},
+            },
+            flags={"allow_objects": True},
         )
+        self.config = transfer_queue.init(self._wanted)
+
+    def restart(self) -> None:
+        """Close what is left and initialise it again."""
+        transfer_queue.close()
+        self.config = transfer_queue.init(self._wanted)
 
     @contextmanager
     def open(self, kind: str, **terms: Any) -> Iterator[Partition]:
         if terms:
             raise MissingFeature(f"it keeps samples in memory only, so there is no {', '.join(terms)}")
-        yield Partition(self.config, kind)
+        yield Partition(self, kind)
 
     def about(self) -> dict[str, Any]:
         return {
@@ -145,5 +174,5 @@ class TransferQueueSide(Side):
         ray.shutdown()
 
 
-def side(folder: Path) -> TransferQueueSide:
-    return TransferQueueSide(folder)
+def side(folder: Path, **settings: Any) -> TransferQueueSide:
+    return TransferQueueSide(folder, **settings)
