@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         numbers = itertools.count()
         for name in arguments.only or CASES:
             case = CASES[name]
-            row = result["cases"][name] = {"title": case.title}
+            row: dict[str, Any] = {"title": case.title}
+            result["cases"][name] = row
             print(f"{name}: {case.title}", flush=True)
             for side in arguments.side or (OURS, *PEERS):
                 row[side] = run(case, side, Path(folder, str(next(numbers))))

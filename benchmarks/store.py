@@ -38,8 +38,9 @@ from benchmarks.queues.child import ROOT, Child, ChildFailed, cpu_share
 from benchmarks.queues.floors import floors
 
 OURS = "asyncflow_store"
-PEERS = ("transferqueue",)
 PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+PEERS = {"transferqueue": PEER_PYTHON}
+"""Which Python each of them runs in."""
 
 Turn = Mapping[str, Any]
 """What one figure function returned: lists of seconds, and what they are about."""
@@ -257,8 +258,7 @@ class Sides:
 
 def command(name: str, folder: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
     """Starts one side in its own environment."""
-    python = sys.executable if name == OURS else str(PEER_PYTHON)
-    return [python, "-m", "benchmarks.queues", name, str(folder), dumps(dict(settings or {}))]
+    return [str(PEERS.get(name, sys.executable)), "-m", "benchmarks.queues", name, str(folder), dumps(dict(settings or {}))]
 
 
 def measure(

@@ -65,7 +65,8 @@ class Child:
         assert self._process.stdout is not None
         self._requests: TextIO = self._process.stdin  # type: ignore[assignment]
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+        self._listener.start()
 
     def ask(self, do: str, *, timeout: float = 900.0, **values: Any) -> Any:
         """Raises MissingFeature for what it cannot do, and ChildFailed."""
@@ -116,6 +117,7 @@ class Child:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
+        self._listener.join()
 
     def __enter__(self) -> Self:
         return self
@@ -124,8 +126,9 @@ class Child:
         self.close()
 
     def _listen(self, answers: TextIO) -> None:
-        for line in answers:
-            self._answers.put(line)
+        with answers:
+            for line in answers:
+                self._answers.put(line)
         self._answers.put("")
 
 
