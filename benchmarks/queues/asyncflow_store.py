@@ -147,7 +147,7 @@ def connect(address: tuple[str, str], *, remote: bool = False) -> OurStore:
     from asyncflow.store.remote import connect as connect_to
 
     location, kind = address
-    return OurStore(connect_to(location, token=TOKEN, **({"remote": True} if remote else {})), kind)
+    return OurStore(connect_to(location, token=TOKEN, local=False if remote else None), kind)
 
 
 class Served(Place):
@@ -178,7 +178,7 @@ class Served(Place):
 def _serve(folder: str, kind: str, durability: str, answers: Connection) -> None:
     from asyncflow.store.flight import StoreServer
 
-    server = StoreServer(create(Path(folder), kind, durability=durability), "grpc://127.0.0.1:0", token=TOKEN)
+    server = StoreServer(create(Path(folder), kind, durability=durability), token=TOKEN)
     answers.send(server.location)
     server.serve()
 
