@@ -258,7 +258,8 @@ class Sides:
 
 def command(name: str, folder: Path, settings: Mapping[str, Any] | None = None) -> list[str]:
     """Starts one side in its own environment."""
-    return [str(PEERS.get(name, sys.executable)), "-m", "benchmarks.queues", name, str(folder), dumps(dict(settings or {}))]
+    python = str(PEERS.get(name, sys.executable))
+    return [python, "-m", "benchmarks.queues", name, str(folder), dumps(dict(settings or {}))]
 
 
 def measure(

@@ -21,12 +21,27 @@ from benchmarks.queues.memory import Lists, MemoryPlace, MemorySide
 from benchmarks.queues.samples import Ragged, finished, part, rows_of, size
 from benchmarks.store import FLOORS, MEASUREMENTS, TARGETS, Key, Measurement, compare, join, measure, rate, summarise
 
-PROMISED = (
-    "put_1024_samples_per_s get_1024_samples_per_s get_1024_cold_samples_per_s get_singly_put_samples_per_s "
-    "flight_get_1024_samples_per_s put_1_p50_ms lease_get_16_p50_ms wake_p50_ms wake_p99_ms wake_500_parked_p50_ms "
-    "lease_1m_over_1k get_32_over_1_columns mixed_put_samples_per_s mixed_get_samples_per_s long_put_gb_per_s "
-    "long_get_gb_per_s power_gb_per_s recovery_1m_s memcpy_gb_per_s"
-).split()
+PROMISED = [
+    "put_1024_samples_per_s",
+    "get_1024_samples_per_s",
+    "get_1024_cold_samples_per_s",
+    "get_singly_put_samples_per_s",
+    "flight_get_1024_samples_per_s",
+    "put_1_p50_ms",
+    "lease_get_16_p50_ms",
+    "wake_p50_ms",
+    "wake_p99_ms",
+    "wake_500_parked_p50_ms",
+    "lease_1m_over_1k",
+    "get_32_over_1_columns",
+    "mixed_put_samples_per_s",
+    "mixed_get_samples_per_s",
+    "long_put_gb_per_s",
+    "long_get_gb_per_s",
+    "power_gb_per_s",
+    "recovery_1m_s",
+    "memcpy_gb_per_s",
+]
 
 
 def memory(folder: Path) -> Child:

@@ -11,8 +11,9 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -29,7 +30,7 @@ from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
-from benchmarks.queues.base import KINDS, Got, Kind, MissingFeature, Place, Queue, Side
+from benchmarks.queues.base import KINDS, LEARNER, Got, Kind, Place, Queue, Side
 from benchmarks.queues.figures import processes
 from benchmarks.queues.samples import Ragged, Samples, finished, part
 
@@ -38,6 +39,8 @@ JUDGED = "judged"
 """A column that no benchmark writes: the stage `parked` waits for it."""
 BATCH, STALENESS = 1024, 4095
 """Samples of a step, and a bound that leaves room for four million."""
+PATIENCE_S = 5.0
+"""For how long a put waits for room."""
 
 
 def schema_of(kind: Kind) -> Schema:
@@ -49,8 +52,8 @@ def schema_of(kind: Kind) -> Schema:
     stages += [
         Stage(name="judge", role="score", needs=kind.prompt, writes=(JUDGED,)),
         Stage(name="parked", role="score", needs=(JUDGED,)),
-        *(Stage(name=name, role="score", needs=needs) for name, needs in kind.readers.items()),
-        Stage(name="actor_update", role="train", needs=tuple(kind.columns)),
+        *(Stage(name=name, role="score", needs=needs) for name, needs in kind.readers.items() if name != LEARNER),
+        Stage(name=LEARNER, role="train", needs=tuple(kind.columns)),
     ]
     types = {name: arrow_type(dtype) for name, dtype in kind.columns.items()} | {JUDGED: pa.float32()}
     return Schema(stages, columns=types, prompt_columns=kind.prompt)
@@ -62,25 +65,36 @@ def arrow_type(dtype: str) -> pa.DataType:
     return pa.list_(arrow_type(dtype.removeprefix("list:"))) if dtype.startswith("list:") else pa.type_for_alias(dtype)
 
 
-def create(folder: Path, kind: str, *, durability: str = "process") -> EmbeddedStore:
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a store is opened with."""
+
+    durability: str = "process"
+    max_staleness: int = STALENESS
+    group: int = 1
+
+
+def create(folder: Path, kind: str, terms: Terms) -> EmbeddedStore:
     opened = Opened(
         train_batch_size=BATCH,
-        num_generations=1,
-        max_staleness=STALENESS,
+        num_generations=terms.group,
+        max_staleness=terms.max_staleness,
         last_version=None,
         min_group=1,
         max_attempts=3,
     )
     schema = schema_of(KINDS[kind])
-    store = EmbeddedStore.create(
-        schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(durability)
-    )
+    store = EmbeddedStore.create(schema, opened, ledger=folder / "ledger.sqlite", data=folder / "data", **of(terms))
     store.serve("producer", PolicyVersion(n=0))  # nothing is admitted before an engine serves a version
     return store
 
 
-def of(durability: str) -> dict[str, Any]:
-    return {} if durability == "process" else {"durability": durability}
+def of(terms: Terms) -> dict[str, Any]:
+    return {} if terms.durability == "process" else {"durability": terms.durability}
+
+
+def reopen(folder: Path, kind: str) -> EmbeddedStore:
+    return EmbeddedStore.reopen(schema_of(KINDS[kind]), ledger=folder / "ledger.sqlite", data=folder / "data")
 
 
 class OurStore(Queue):
@@ -91,6 +105,7 @@ class OurStore(Queue):
         self._kind = KINDS[kind]
         self._worker = f"bench-{uuid.uuid4().hex[:8]}"
         self._put: list[int] = []
+        self._rows: dict[int, Lease] = {}
 
     def prepare(self, samples: Samples) -> tuple[pa.RecordBatch, pa.RecordBatch]:
         arrays = {name: arrow(column) for name, column in samples.items()}
@@ -100,10 +115,30 @@ class OurStore(Queue):
         )
 
     def put(self, batch: tuple[pa.RecordBatch, pa.RecordBatch]) -> None:
-        groups = self._store.admit(*batch, timeout=60.0)
+        groups = self._store.admit(*batch, timeout=PATIENCE_S)
         if groups is None:
-            raise TimeoutError("the store has no room")
+            raise TimeoutError(f"there was no room within {PATIENCE_S:.0f} s")
         self._put += groups
+
+    def put_members(self, order: Sequence[tuple[int, int]], group_size: int) -> None:
+        for group in dict.fromkeys(group for group, _ in order):
+            if group not in self._rows:
+                prompt = pa.record_batch([pa.array([[group]], pa.list_(pa.int64()))], names=["prompt_ids"])
+                self._store.admit(prompt, timeout=PATIENCE_S)
+                lease = self._store.lease(
+                    "rollout", worker=self._worker, max_rows=group_size, ttl=600.0, timeout=PATIENCE_S
+                )
+                assert lease is not None
+                self._rows[group] = lease
+        for group, member in order:
+            lease = self._rows[group]
+            _, columns = self.prepare(finished(1, prompt=2, response=4))
+            self._store.ack(
+                lease.lease_id, [int(lease.sample_ids[member])], columns.select(["response_ids", "logprobs"])
+            )
+            scored = self._store.lease("reward", worker=self._worker, max_rows=1, ttl=600.0, timeout=PATIENCE_S)
+            assert scored is not None
+            self._store.ack(scored.lease_id, scored.sample_ids.tolist(), columns.select(["reward"]))
 
     def take(
         self, rows: int, *, reader: str = "reader", timeout: float = 0.0, interval: float = 0.0, hold: float = 600.0
@@ -155,14 +190,25 @@ class Served(Place):
 
     connect = staticmethod(connect)
 
-    def __init__(self, folder: Path, kind: str, durability: str) -> None:
+    def __init__(self, folder: Path, kind: str, terms: Terms) -> None:
+        self._folder, self._kind, self._terms = folder, kind, terms
+        self._start(again=False)
+
+    def _start(self, *, again: bool) -> None:
         here, there = processes.Pipe()
         self._process: SpawnProcess = processes.Process(
-            target=_serve, args=(str(folder), kind, durability, there), daemon=True
+            target=_serve, args=(str(self._folder), self._kind, self._terms, again, there), daemon=True
         )
         self._process.start()
         there.close()
-        self.address = (here.recv(), kind)
+        self.address = (here.recv(), self._kind)
+
+    def checkpoint(self) -> None:
+        """What is acknowledged is kept."""
+
+    def restart(self, *, from_checkpoint: bool) -> None:
+        self._process.join()
+        self._start(again=True)
 
     def client(self, *, remote: bool = False) -> OurStore:
         return connect(self.address, remote=remote)
@@ -175,10 +221,11 @@ class Served(Place):
         self._process.join()
 
 
-def _serve(folder: str, kind: str, durability: str, answers: Connection) -> None:
+def _serve(folder: str, kind: str, terms: Terms, again: bool, answers: Connection) -> None:
     from asyncflow.store.flight import StoreServer
 
-    server = StoreServer(create(Path(folder), kind, durability=durability), token=TOKEN)
+    store = reopen(Path(folder), kind) if again else create(Path(folder), kind, terms)
+    server = StoreServer(store, token=TOKEN)
     answers.send(server.location)
     server.serve()
 
@@ -188,10 +235,10 @@ class Embedded(Place):
 
     connect = staticmethod(connect)
 
-    def __init__(self, folder: Path, kind: str, durability: str) -> None:
+    def __init__(self, folder: Path, kind: str, terms: Terms) -> None:
         self.address = None
         self._kind = kind
-        self._store = create(folder, kind, durability=durability)
+        self._store = create(folder, kind, terms)
 
     def client(self, *, remote: bool = False) -> OurStore:
         assert not remote
@@ -212,19 +259,19 @@ class _Shared(OurStore):
 class AsyncFlowSide(Side):
     name = "asyncflow"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        """`settings`: fields of `Terms` for all its stores."""
         self._folder = folder
+        self._settings = settings
         self._numbers = itertools.count()
 
     @contextmanager
     def open(self, kind: str, **terms: Any) -> Iterator[Place]:
-        """`embedded`: without a server. `durability`: of what is acknowledged."""
-        embedded, durability = terms.pop("embedded", False), terms.pop("durability", "process")
-        if terms:
-            raise MissingFeature(f"it knows no {', '.join(terms)}")
+        """`embedded`: without a server. The others are fields of `Terms`."""
+        embedded = terms.pop("embedded", False)
         folder = self._folder / f"store-{next(self._numbers)}"
         folder.mkdir(parents=True)
-        place = (Embedded if embedded else Served)(folder, kind, durability)
+        place = (Embedded if embedded else Served)(folder, kind, Terms(**self._settings, **terms))
         try:
             yield place
         finally:
@@ -242,9 +289,7 @@ class AsyncFlowSide(Side):
         if filler.exitcode != -signal.SIGKILL:
             raise RuntimeError(f"filling the store failed with exit code {filler.exitcode}")
         began = time.perf_counter()
-        store = EmbeddedStore.reopen(
-            schema_of(KINDS["finished"]), ledger=folder / "ledger.sqlite", data=folder / "data"
-        )
+        store = reopen(folder, "finished")
         seconds = time.perf_counter() - began
         found = store.counts().admitted
         store.close()
@@ -267,7 +312,7 @@ class AsyncFlowSide(Side):
 
 def _fill(folder: str, rows: int) -> None:
     """Put samples one by one, then die as by kill -9."""
-    client = OurStore(create(Path(folder), "finished"), "finished")
+    client = OurStore(create(Path(folder), "finished", Terms()), "finished")
     samples = finished(BATCH, prompt=4, response=8)
     batches = [client.prepare(part(samples, row, row + 1)) for row in range(BATCH)]
     for row in range(rows):
@@ -275,5 +320,5 @@ def _fill(folder: str, rows: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def side(folder: Path) -> AsyncFlowSide:
-    return AsyncFlowSide(folder)
+def side(folder: Path, **settings: Any) -> AsyncFlowSide:
+    return AsyncFlowSide(folder, **settings)

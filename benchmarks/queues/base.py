@@ -31,6 +31,8 @@ class Kind:
     """Columns that each consumer needs. Each of them gets every sample once."""
 
 
+LEARNER = "actor_update"
+"""The reader that trains: where a queue knows groups, it gets whole ones."""
 FINISHED_TYPES = {
     "prompt_ids": "list:int64",
     "response_ids": "list:int64",
@@ -42,7 +44,7 @@ KINDS: Mapping[str, Kind] = {
     "finished": Kind(
         columns=FINISHED_TYPES,
         prompt=("prompt_ids",),
-        readers={"reader": tuple(FINISHED_TYPES), "again": tuple(FINISHED_TYPES)},
+        readers={"reader": tuple(FINISHED_TYPES), "again": tuple(FINISHED_TYPES), LEARNER: tuple(FINISHED_TYPES)},
     ),
     "noted": Kind(
         columns={**FINISHED_TYPES, "note": "object"},

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.queues.base import Place, Side
+from benchmarks.queues.base import LEARNER, Place, Side
 from benchmarks.queues.figures import Connect, clients, processes, timed, wanted, workers
 from benchmarks.queues.samples import Samples, finished
 
@@ -73,8 +73,8 @@ def blocked_fetch(side: Side) -> dict[str, Any]:
             outcome = answers.get() if beside[0] > 1.0 else "still waiting"
         client.close()
     text = (
-        f"a put takes {1000 * np.median(alone):.1f} ms alone and {1000 * max(beside):.0f} ms (the longest of 3) beside a "
-        f"consumer that waits; the consumer: {outcome}"
+        f"a put takes {1000 * np.median(alone):.1f} ms alone and {1000 * max(beside):.0f} ms (the longest of 3) beside "
+        f"a consumer that waits; the consumer: {outcome}"
     )
     return {"kept": max(beside) < 1.0, "observed": text}
 
@@ -85,10 +85,10 @@ def mixed_groups(side: Side) -> dict[str, Any]:
     with side.open("finished", **({"group": 4} if side.name == "asyncflow" else {})) as place:
         producer, learner = place.client(), place.client()
         producer.put_members(order[:6], 4)
-        early = learner.take(4, timeout=1.0, interval=0.05)
+        early = learner.take(4, reader=LEARNER, timeout=1.0, interval=0.05)
         groups = [] if early is None else prompts(learner.read(early))
         producer.put_members(order[6:], 4)
-        late = learner.take(4, timeout=2.0, interval=0.05)
+        late = learner.take(4, reader=LEARNER, timeout=2.0, interval=0.05)
         later = [] if late is None else prompts(learner.read(late))
     kept = len(set(groups)) <= 1 and len(set(later)) == 1
     first = f"from 3 + 3 of 4 + 4 the learner got the groups {groups}" if groups else "with 3 + 3 of 4 + 4 it waits"
@@ -146,8 +146,9 @@ def killed_servers(side: Side, *, checkpoint: bool = False, only: int | None = N
 def foreign_code(side: Side, *, folder: str) -> dict[str, Any]:
     """A client puts an object instead of numbers, whose unpickling writes down the process that does it."""
     file = Path(folder, "unpickled")
+    with_note: Any = {**marked(4, 1), "note": [Canary(str(file))] * 4}
     with side.open("noted") as place, clients(place) as (producer, consumer):
-        refusal = attempt(lambda: producer.put(producer.prepare({**marked(4, 1), "note": [Canary(str(file))] * 4})))
+        refusal = attempt(lambda: producer.put(producer.prepare(with_note)))
         taken = consumer.take(4, timeout=2.0, interval=0.05)
         if taken is not None and hasattr(taken, "field_names"):
             attempt(lambda: consumer.read(taken))
@@ -239,4 +240,4 @@ def short(error: BaseException) -> str:
 
 
 def resident_mb(place: Place) -> float:
-    return sum(psutil.Process(pid).memory_info().rss for pid in place.servers()) / 1e6
+    return sum(float(psutil.Process(pid).memory_info().rss) for pid in place.servers()) / 1e6

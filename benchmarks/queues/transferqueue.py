@@ -102,12 +102,9 @@ class Partition(Place):
         self.address = (side.config, f"bench-{uuid.uuid4().hex[:8]}", kind)
 
     def servers(self) -> list[int]:
-        """The controller and the storage units; not the rest of Ray."""
-        return [
-            process.pid
-            for process in psutil.Process().children(recursive=True)
-            if any(actor in " ".join(process.cmdline()) for actor in ACTORS)
-        ]
+        """The controller, then the storage units; not the rest of Ray."""
+        found = [(process.pid, " ".join(process.cmdline())) for process in psutil.Process().children(recursive=True)]
+        return [pid for actor in ACTORS for pid, command in found if actor in command]
 
     def checkpoint(self) -> None:
         transfer_queue.save_checkpoint(self._side.folder / "checkpoint")
