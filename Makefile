@@ -1,4 +1,5 @@
-# Needs python3 (3.11 or newer) and make; everything else goes into .venv.
+# Needs python3 (3.11 or newer) and make; everything else goes into .venv (and what AsyncFlow is compared with into
+# .venv-peers).
 
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
@@ -10,6 +11,7 @@ endif
 EXTRA_INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.complete
@@ -23,7 +25,7 @@ STALE := stale
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long test-gpu check bench lock stale
+.PHONY: help setup run test test-long test-gpu check bench peers lock stale
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -62,6 +64,17 @@ check: setup ## Lint, format check, types
 
 bench: setup ## Run all benchmarks (half an hour): JSON=results.json keeps the figures
 	@$(BIN)/asyncflow bench $(if $(JSON),--json $(JSON))
+
+peers: $(PEERS)/.complete ## Install what `asyncflow bench store --peer` compares with, into .venv-peers
+	@:
+
+# Scripts of a venv that was moved name its old place: it is built anew.
+$(PEERS)/.complete: requirements/peers.lock $(if $(shell grep -sF '$(CURDIR)/$(PEERS)' $(PEERS)/bin/activate),,stale)
+	@echo 'Installing requirements/peers.lock into $(PEERS): two minutes and 2 GB.'
+	@rm -rf $(PEERS)
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check -qq install --no-deps $(EXTRA_INDEX) -r $<
+	@touch $@
 
 lock: ## Resolve requirements/*.lock again from pyproject.toml (needs a package index)
 	@$(RUNS) || $(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.machine import write_json
 
-BENCHMARKS = ("learner", "generation", "weights", "overlap")
+BENCHMARKS = ("learner", "generation", "weights", "overlap", "store")
 """Each is a module of this package, whose docstring says what it measures and whose `main(argv)` returns the result."""
 
 

