@@ -6,7 +6,7 @@ Every operation is: decide (pure) → journal → apply → wake those for whom 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from asyncflow.store.journal import Journal, read_ledger
 from asyncflow.store.rows import NONE, Ids
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import FileSegments, MemorySegments, Segments, sync_file
-from asyncflow.store.table import ADMISSION, Table
+from asyncflow.store.table import ADMISSION, LeaseRecord, Table
 from asyncflow.types import PolicyVersion
 
 T = TypeVar("T")
@@ -82,32 +82,56 @@ class Store:
 
     # -- StoreClient ---------------------------------------------------------------------------------------------------
 
-    def admit(self, prompts: pa.RecordBatch, *, timeout: float) -> tuple[int, ...] | None:
+    def admit(
+        self, prompts: pa.RecordBatch, *, priorities: Sequence[int] = (), timeout: float
+    ) -> tuple[int, ...] | None:
         prompts = _conform(self._schema, prompts, self._schema.prompt_columns)
         tokens = _lengths(prompts.column("prompt_ids"))
         if not tokens:
             return ()
 
         def attempt(_: float) -> tuple[int, ...] | None:
-            if self.table.admit(tokens, frame=0) is None:
+            if self.table.admit(tokens, frame=0, priorities=priorities) is None:
                 return None
             first = self.table.next_group
             with self._frame(prompts, rows=len(tokens) * self.table.group_size) as frame:
-                self._perform(self.table.admit(tokens, frame=frame) or [])
+                self._perform(self.table.admit(tokens, frame=frame, priorities=priorities) or [])
             return tuple(range(first, first + len(tokens)))
 
         return self._wait(ADMISSION, attempt, timeout)
 
     def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
+        ttl: float,
+        timeout: float,
     ) -> Lease | None:
         if stage not in self._schema.stages:
             raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(self._schema.stages)}")
 
+        patience = self._clock.monotonic() + timeout
+
         def attempt(now: float) -> Lease | None:
             while True:
+                if request is not None and (granted := self.table.granted(stage, request, ranks=ranks)) is not None:
+                    return self._again(granted)
                 events = self.table.lease(
-                    stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
+                    stage,
+                    worker=worker,
+                    max_rows=max_rows,
+                    max_tokens=max_tokens,
+                    deadline=now + ttl,
+                    min_rows=min_rows if now < patience else 1,
+                    ranks=ranks,
+                    request=request,
+                    now=now,
                 )
                 self._perform(events)
                 leased = events[-1] if events else None
@@ -155,11 +179,26 @@ class Store:
         with self._operation():
             self._perform(self.table.nack(lease_id, sample_ids, reason=reason, final=final))
 
-    def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
-    ) -> None:
+    def restore(self, sample_ids: Sequence[int]) -> None:
         with self._operation():
-            self._perform(self.table.commit(leases=leases, trained=trained, skipped=skipped, version=version))
+            self._perform(self.table.restore(sample_ids))
+
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> None:
+        with self._operation():
+            self._perform(self.table.prioritise(priority, samples=samples, groups=groups))
+
+    def commit(
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
+    ) -> None:
+        step = {"leases": leases, "trained": trained, "skipped": skipped}
+        with self._operation():
+            self._perform(self.table.commit(**step, version=version, masked=masked))
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         with self._operation():
@@ -220,6 +259,9 @@ class Store:
                 learner=table.learner,
                 served=dict(table.served),
                 oldest=table.oldest(),
+                requeued=table.tally["requeued"],
+                masked=table.tally["masked"],
+                restored=table.tally["restored"],
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -308,13 +350,20 @@ class Store:
                 lost = self.table.rows_of_frame(ids, damage.frame)
                 self._perform(self.table.nack(leased.lease_id, lost, reason=str(damage), final=True))
                 continue
-            return self._lease(leased, ids, data)
+            return self._lease(leased.lease_id, ids, data)
         return None
 
-    def _lease(self, leased: Leased, ids: Ids, data: Sequence[pa.Array]) -> Lease:
+    def _again(self, lease_id: int) -> Lease:
+        """A lease as it was given. Raises DamagedData."""
+        record = self.table.leases[lease_id]
+        return self._lease(lease_id, record.rows, self._gather(record.rows, self._schema.stages[record.stage].needs))
+
+    def _lease(self, lease_id: int, ids: Ids, data: Sequence[pa.Array]) -> Lease:
+        leased = self.table.leases[lease_id]
+        trains = leased.stage == self._schema.train.name
         groups = ids // self.table.group_size
         return Lease(
-            lease_id=leased.lease_id,
+            lease_id=lease_id,
             stage=leased.stage,
             sample_ids=ids,
             group_ids=groups,
@@ -322,6 +371,8 @@ class Store:
             data=pa.RecordBatch.from_arrays(list(data), names=list(self._schema.stages[leased.stage].needs)),
             deadline=leased.deadline,
             slots=len(np.unique(groups)) * self.table.group_size,
+            oldest_trainable=self.table.oldest_trainable(lease_id) if trains else 0,
+            shares=_shares_of(leased, ids),
         )
 
     def _samples(self, sample_ids: Sequence[int]) -> pa.RecordBatch:
@@ -334,6 +385,13 @@ class Store:
         if not len(ids):
             return [pa.array([], self._schema.columns[column]) for column in columns]
         return [self._segments.gather(column, *self.table.places(ids, column)) for column in columns]
+
+
+def _shares_of(lease: LeaseRecord, ids: Ids) -> tuple[Ids, ...]:
+    """The shares of those rows of a lease that are given out: damaged ones are not."""
+    there = np.isin(lease.rows, ids)
+    place = there.cumsum() - 1
+    return tuple(place[share[there[share]]] for share in lease.shares)
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:
