@@ -881,8 +881,9 @@ class World:
         """Somebody has mended what samples failed of."""
         busy = {s.group for s in self.seen.open.values() if s.state == "training"}
         there = [i for i, s in self.seen.quarantine.items() if s.group not in busy]
-        wrong = [i for i in range(self.seen.admitted + 2) if i not in there]
-        self.refused(lambda: self.table.restore([*there, self.pick(wrong, a)]), IllegalTransition)
+        wrong = [i for i in range(self.seen.admitted + 2) if i not in there and i not in self.seen.quarantine]
+        for one in {self.pick(wrong, a), *self.seen.quarantine} - set(there):
+            self.refused(partial(self.table.restore, [*there, one]), IllegalTransition)
         if there:
             self.do(self.table.restore(self.some(there, b)))
 
@@ -1519,13 +1520,15 @@ class MaskedTokensHaveNoAge(Table):
 class RequeuesWithItsTokens(Table):
     """Generates a sample again, and keeps what it had."""
 
-    def _apply_requeued(self, event: Requeued) -> set[str]:
-        forget = self._forget_response
-        self._forget_response = lambda ids: None  # type: ignore[method-assign]
-        try:
-            return super()._apply_requeued(event)
-        finally:
-            self._forget_response = forget  # type: ignore[method-assign]
+    def apply(self, event: Event) -> set[str]:
+        if not isinstance(event, Requeued):
+            return super().apply(event)
+        index = np.array(event.rows) - self.rows.base
+        kept = {name: getattr(self.rows, name)[..., index].copy() for name in ("oldest", "newest", "tokens")}
+        topics = super().apply(event)
+        for name, values in kept.items():
+            getattr(self.rows, name)[..., index] = values
+        return topics
 
 
 class ClosesGroupsEarly(Table):
@@ -1603,7 +1606,7 @@ MUTANTS: dict[type[Table], tuple[bool, str]] = {
     ForgetsWhatWasSeen: (True, "a stage sees a sample as often as it says"),
     TakesMoreThanAStep: (True, "the learner holds at most one step"),
     MaskedTokensHaveNoAge: (True, "must be refused|staleness never exceeds the bound"),
-    RequeuesWithItsTokens: (True, "data are kept|what is generated was prompted|no late row is leased"),
+    RequeuesWithItsTokens: (True, "only what is too old is generated again|only what has a response"),
     ClosesGroupsEarly: (True, "a group is waited for as long as was said"),
     ClosesGroupsWithoutLooking: (True, "short groups are not trained"),
     RestoresAnything: (True, "must be refused"),
@@ -1626,9 +1629,7 @@ def test_a_broken_table_is_caught_by_what_it_does(mutant: type[Table]) -> None:
     honest, promise = MUTANTS[mutant]
 
     with pytest.raises(Broken, match=promise):
-        live_all(
-            SEEDS, honest=honest, compare=False, table=mutant, late_samples="wait" if mutant in IN_ORDER else None
-        )
+        live_all(SEEDS, honest=honest, compare=False, table=mutant, late_samples="wait" if mutant in IN_ORDER else None)
 
 
 @pytest.mark.parametrize("honest", [True, False])

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Parts = list[list[int]]
 
+CLOSE_ENOUGH = 1000
+"""Shares that differ by less than one part in so many are not improved any more."""
+
 
 def balanced(
     weights: Sequence[int] | NDArray[np.int32], k: int, *, equal_counts: bool = False
@@ -62,16 +65,19 @@ def differencing(weights: Sequence[int], k: int, *, equal_counts: bool = False) 
 
 def greedy(weights: Sequence[int], k: int, *, equal_counts: bool = False) -> Parts:
     """The heaviest item that is left to the lightest part that has room."""
-    most = -(-len(weights) // k) if equal_counts else len(weights)
-    full = len(weights) % k or k  # so many parts may have `most` items
     parts: Parts = [[] for _ in range(k)]
-    sums = [0] * k
+    lightest = [(0, j) for j in range(k)]
+    size, longer = divmod(len(weights), k)  # so many parts may have one item more
     for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        has_most = sum(len(part) == most for part in parts) >= full
-        room = [j for j in range(k) if len(parts[j]) < most - (equal_counts and has_most)]
-        part = min(room, key=lambda j: (sums[j], j))
-        parts[part].append(i)
-        sums[part] += weights[i]
+        total, j = heapq.heappop(lightest)
+        parts[j].append(i)
+        if equal_counts and len(parts[j]) > size:
+            longer -= 1
+            if not longer:  # from here on no part may be longer than `size`
+                lightest = [(total, j) for total, j in lightest if len(parts[j]) < size]
+                heapq.heapify(lightest)
+        elif not equal_counts or len(parts[j]) < size + (longer > 0):
+            heapq.heappush(lightest, (total + weights[i], j))
     return parts
 
 
@@ -81,25 +87,24 @@ def _spread(parts: Parts, weights: Sequence[int]) -> tuple[int, int]:
 
 
 def _exchange(parts: Parts, weights: Sequence[int], *, equal_counts: bool) -> None:
-    """Exchange an item of the heaviest part with a lighter one, or none, of the lightest, while they come closer."""
+    """Exchange an item of the heaviest part with a lighter one, or none, of another, while the two come closer."""
     sums = [sum(weights[i] for i in part) for part in parts]
-    while True:
+    while (max(sums) - min(sums)) * CLOSE_ENOUGH > max(sums):
         heavy = max(range(len(parts)), key=lambda j: sums[j])
-        light = min(range(len(parts)), key=lambda j: sums[j])
-        gap = sums[heavy] - sums[light]
-        given = np.array([weights[i] for i in parts[heavy]])
-        taken = np.array([weights[i] for i in parts[light]] + ([] if equal_counts else [0]))
-        if not len(given) or not len(taken):
+        for light in sorted(range(len(parts)), key=lambda j: sums[j]):
+            gap = sums[heavy] - sums[light]
+            given = np.array([weights[i] for i in parts[heavy]])
+            taken = np.array([weights[i] for i in parts[light]] + ([] if equal_counts else [0]), np.int64)
+            moved = given[:, None] - taken[None, :]
+            after = np.abs(gap - 2 * moved)
+            if after.size and after.min() < gap:
+                break
+        else:
             return
-        moved = given[:, None] - taken[None, :]
-        after = np.where((moved > 0) & (moved < gap), np.abs(gap - 2 * moved), gap)
-        place = int(after.argmin())
-        if after.flat[place] >= gap:
-            return
-        a, b = divmod(place, len(taken))
+        a, b = divmod(int(after.argmin()), len(taken))
         item = parts[heavy].pop(a)
         if b < len(parts[light]):
             parts[heavy].append(parts[light].pop(b))
         parts[light].append(item)
-        sums[heavy] -= int(moved.flat[place])
-        sums[light] += int(moved.flat[place])
+        sums[heavy] -= int(moved[a, b])
+        sums[light] += int(moved[a, b])
