@@ -329,8 +329,10 @@ class Table:
 
     def _closing(self) -> float | None:
         """Earliest deadline of a group that still lacks rows."""
+        if not self.awaiting:
+            return None
         groups = np.fromiter(self.awaiting, np.int64, len(self.awaiting))
-        lacking = groups[self._lacking(groups).any(axis=1)] if len(groups) else groups
+        lacking = groups[self._lacking(groups).any(axis=1)]
         return min((self.awaiting[group] for group in lacking.tolist()), default=None)
 
     def _lacking(self, groups: Ids) -> Flags:
