@@ -225,8 +225,16 @@ class Config(Section):
     max_staleness: int = Field(default=1, ge=0)
     """η: the learner may be at most this many policy versions ahead of the oldest token that it trains. 0 is
     synchronous and on-policy."""
-    late_samples: Literal["wait"] = "wait"
-    """What happens to samples that would come too late: the learner waits for them, in admission order."""
+    late_samples: Literal["wait", "drop", "requeue", "mask"] = "wait"
+    """`wait`: steps are made in admission order, and wait for who is slow, so that nothing comes too late. The others
+    let a step take whatever is complete, and what that makes older than `max_staleness` is dropped, generated again
+    (`requeue`), or trained without its tokens that are too old (`mask`)."""
+    sampler: Literal["fifo", "freshest", "priority"] = "fifo"
+    """Which complete groups a step takes first: in admission order, of the newest weights, or of the highest priority.
+    With `late_samples: wait` it decides only the order within the step."""
+    group_timeout: float | None = Field(default=None, gt=0)
+    """Seconds for which the learner waits for the missing samples of a group, once it has asked for them; then they are
+    dropped (`straggler`), and the group is trained without them if two are left. None waits as long as it takes."""
     max_failed_share: float = Field(default=0.2, ge=0, le=1)
     """The run stops when more than this share of the finished samples is quarantined."""
     reward_timeout: float = Field(default=120.0, gt=0)

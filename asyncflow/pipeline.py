@@ -230,6 +230,7 @@ def stages(config: Config) -> tuple[Stage, ...]:
             name="actor_update",
             role="train",
             needs=("prompt_ids", "response_ids", "rollout_logprobs", "token_versions", "finish_reason", *scored),
+            sampler=config.sampler,
         ),
     )
 
@@ -245,6 +246,8 @@ def open_store(plan: Plan, run_dir: Path) -> EmbeddedStore:
         min_group=2,
         max_attempts=3,
         resumable=bool(config.checkpoint.every),
+        late_samples=config.late_samples,
+        group_timeout=config.group_timeout,
     )
     data = run_dir / DATA if terms.resumable else None
     return EmbeddedStore.create(Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data)

@@ -396,7 +396,7 @@ def test_a_plain_client_is_told_what_it_did_wrong(served: Served) -> None:
         ("places", {"sample_ids": [1 << 40], "columns": ["prompt"]}),
         ("places", {"sample_ids": [0], "columns": ["nothing"]}),
         ("drop", {"sample_ids": [1 << 70], "reason": "no"}),
-        ("prioritise", {"sample_ids": [0], "priority": 1 << 40}),
+        ("prioritise", {"samples": [0], "priority": 1 << 40}),
         ("amend", {"max_staleness": -1}),
     ],
 )

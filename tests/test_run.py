@@ -35,6 +35,18 @@ def test_a_run_reaches_its_last_step_and_its_ledger_is_sound(run_tiny: RunTiny, 
     assert result.open == 0
 
 
+@pytest.mark.parametrize("late_samples", ["drop", "requeue", "mask"])
+def test_a_run_that_does_not_wait_for_who_is_slow_keeps_its_bound(run_tiny: RunTiny, late_samples: str) -> None:
+    settings = ("max_staleness=1", "weights.update=in_flight", "steps=8", "sampler=freshest", "group_timeout=60")
+    run = run_tiny(f"late_samples={late_samples}", *settings)
+
+    assert run.summary.outcome == "finished", run.summary.reason
+    result = audit(run.run_dir)
+    assert result.ok, result.violations
+    assert max(result.staleness) <= 1
+    assert (result.open, result.terms.late_samples, result.terms.group_timeout) == (0, late_samples, 60.0)
+
+
 def test_the_run_directory_holds_everything_about_the_run(run_tiny: RunTiny) -> None:
     run = run_tiny("steps=3")
 

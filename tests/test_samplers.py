@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from asyncflow.store.schema import Order, Stage
 from tests.test_table import STAGES, Bench
 
 
-def bench_of(order: Order, *, stage: str, **options: int) -> Bench:
+def bench_of(order: Order, *, stage: str, **options: Any) -> Bench:
     return Bench(stages=[replace(s, sampler=order) if s.name == stage else s for s in STAGES], **options)
 
 

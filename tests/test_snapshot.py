@@ -136,7 +136,8 @@ def test_everything_that_a_table_remembers_is_in_its_snapshot(tmp_path: Path) ->
     assert vars(loaded).keys() == vars(world.table).keys()
     known = {
         "schema", "terms", "rows", "groups", "taken", "leases", "served", "learner", "next_sample", "next_group",
-        "next_lease", "last_frame", "ended", "consumed", "puts", "_counts", "_ready", "_line", "_deadlines",
+        "next_lease", "last_frame", "ended", "consumed", "puts",
+            "requests", "tally", "awaiting", "_counts", "_ready", "_line", "_deadlines",
     }  # fmt: skip
     assert vars(world.table).keys() == known
     world.close()

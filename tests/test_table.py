@@ -10,11 +10,22 @@ import pyarrow as pa
 import pytest
 
 from asyncflow.errors import ConfigError, IllegalTransition, LeaseLost, LedgerError, StalenessViolation, StoreError
-from asyncflow.store.events import Acked, Committed, Dropped, Event, Leased, Opened, Quarantined, Returned, from_json
+from asyncflow.store.events import (
+    Acked,
+    Committed,
+    Dropped,
+    Event,
+    LatePolicy,
+    Leased,
+    Opened,
+    Quarantined,
+    Returned,
+    from_json,
+)
 from asyncflow.store.lifecycle import State
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, SKIPPED, Table
+from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, SKIPPED, STRAGGLER, Table
 from asyncflow.types import PolicyVersion
 
 RESPONSE = ("response_ids", "rollout_logprobs", "token_versions", "response", "finish_reason")
@@ -41,6 +52,8 @@ class Bench:
         max_attempts: int = 3,
         stages: Sequence[Stage] = STAGES,
         served: int | None = 0,
+        late_samples: LatePolicy = "wait",
+        group_timeout: float | None = None,
     ) -> None:
         terms = Opened(
             train_batch_size=batch,
@@ -49,6 +62,8 @@ class Bench:
             last_version=last,
             min_group=min_group,
             max_attempts=max_attempts,
+            late_samples=late_samples,
+            group_timeout=group_timeout,
         )
         self.table = Table(Schema(stages), terms)
         if served is not None:
@@ -1061,3 +1076,350 @@ def test_a_schema_has_as_many_columns_as_a_bit_set_holds() -> None:
     assert bench.lease("look") is None
     with pytest.raises(ConfigError, match="at most 62"):
         schema(62)
+
+
+# -- samples that come too late ----------------------------------------------------------------------------------------
+
+
+def late_bench(policy: LatePolicy, *, n: int = 2, eta: int = 1) -> Bench:
+    """Group 0 has only its first row; groups 1 to 3 are complete. W = 2, all of version 0."""
+    bench = Bench(eta=eta, n=n, batch=2 * n, late_samples=policy)
+    bench.fill()
+    lease = bench.take("rollout")
+    bench.ack(lease, [row for row in lease.rows if row != 1])
+    bench.ack(bench.take("reward"))
+    return bench
+
+
+def finish_the_straggler(bench: Bench, *, oldest: int = 0, newest: int = 0) -> None:
+    (lease,) = (i for i, lease in bench.table.leases.items() if lease.stage == "rollout")
+    packed = [PolicyVersion(n=n).packed for n in (oldest, newest)]
+    columns = bench.table.schema.writes["rollout"]
+    values = {"columns": columns, "frame": 1, "tokens": [5], "oldest": packed[:1], "newest": packed[1:]}
+    bench.do(bench.table.ack(lease, [1], **values))  # type: ignore[arg-type]
+    bench.ack(bench.take("reward"))
+
+
+def test_wait_waits_for_who_is_slow() -> None:
+    bench = late_bench("wait")
+
+    assert bench.take("actor_update").rows == (2, 3)
+    assert bench.lease("actor_update") is None
+
+
+@pytest.mark.parametrize("policy", ["drop", "requeue", "mask"])
+def test_the_others_take_what_is_complete_and_never_more_than_a_step(policy: LatePolicy) -> None:
+    bench = late_bench(policy)
+
+    assert bench.take("actor_update").rows == (2, 3, 4, 5)
+    assert bench.lease("actor_update") is None
+
+
+def test_drop_drops_what_became_too_old_and_counts_it() -> None:
+    bench = overtaken("drop")
+
+    assert bench.take("actor_update").rows == (10, 11)
+    assert bench.table.dropped() == {LATE: 2}  # the straggler, and its sibling that had waited for it
+
+
+def overtaken(policy: LatePolicy) -> Bench:
+    """The straggler of group 0 comes with tokens of version 0 and 2 when the learner is at 2, and η is 1."""
+    bench = late_bench(policy)
+    bench.step()
+    bench.serve(1)
+    bench.fill()
+    bench.generate([8, 9, 10, 11], version=1)
+    bench.step()
+    bench.serve(2)
+    finish_the_straggler(bench, newest=2)
+    return bench
+
+
+def test_requeue_generates_again_in_the_old_place() -> None:
+    bench = overtaken("requeue")
+
+    bench.take("actor_update", 1)
+
+    assert bench.table.tally["requeued"] == 2  # its sibling had waited as long
+    assert bench.table.row(1) is not None
+    assert bench.table.frames()[1] == 2  # responses of rows 10 and 11 are all that is left
+    assert bench.take("rollout").rows[:2] == (0, 1)  # before all that were admitted later
+    assert bench.table.dropped() == {}
+
+
+def test_a_scoring_stage_that_holds_what_is_generated_again_has_lost_it() -> None:
+    look = Stage(name="look", role="score", needs=("response",))
+    bench = Bench(eta=0, n=1, batch=1, late_samples="requeue", stages=(*STAGES[:2], look, STAGES[2]))
+    bench.admit()
+    bench.ack(bench.take("rollout"))
+    held = bench.take("look")
+    bench.table.learner = PolicyVersion(n=1)
+
+    assert bench.lease("actor_update") is None
+
+    assert bench.states() == {0: "prompted"}
+    with pytest.raises(LeaseLost):
+        see(bench, held)
+
+
+def test_mask_leases_what_has_a_token_young_enough_and_drops_the_rest() -> None:
+    bench = overtaken("mask")
+
+    lease = bench.take("actor_update", 2)
+
+    assert bench.table.dropped() == {LATE: 1, SHORT_GROUP: 1}  # row 0 has tokens of version 0 alone
+    assert bench.table.oldest_trainable(lease.lease_id) == 1
+
+
+def masked_step() -> tuple[Bench, Leased]:
+    bench = Bench(eta=1, n=1, batch=1, min_group=1, late_samples="mask")
+    bench.fill()
+    lease = bench.take("rollout")
+    packed = [PolicyVersion(n=n).packed for n in (0, 3)]
+    columns = bench.table.schema.writes["rollout"]
+    bench.table.learner = PolicyVersion(n=3)
+    values = {"columns": columns, "frame": 1, "tokens": [5], "oldest": packed[:1], "newest": packed[1:]}
+    bench.do(bench.table.ack(lease.lease_id, [0], **values))  # type: ignore[arg-type]
+    bench.ack(bench.take("reward"))
+    return bench, bench.take("actor_update")
+
+
+def test_a_commit_says_which_token_was_the_oldest_in_the_loss() -> None:
+    bench, lease = masked_step()
+
+    def commit(**masked: Any) -> list[Event]:
+        values = {"leases": [lease.lease_id], "trained": [0], "skipped": [], "version": PolicyVersion(n=4)}
+        return bench.table.commit(**values | masked)  # type: ignore[arg-type]
+
+    with pytest.raises(StalenessViolation, match="staleness 3, above 1"):
+        commit()
+    with pytest.raises(StalenessViolation, match="staleness 2, above 1"):
+        commit(masked={0: PolicyVersion(n=1)})
+    with pytest.raises(IllegalTransition, match=r"no token of 0\.4"):
+        commit(masked={0: PolicyVersion(n=4)})
+    with pytest.raises(IllegalTransition, match="not among those that were trained"):
+        commit(trained=[], skipped=[0], masked={0: PolicyVersion(n=2)})
+    bench.do(commit(masked={0: PolicyVersion(n=2)}))
+
+    assert bench.table.tally["masked"] == 1
+    assert bench.table.ended["trained"] == 1
+
+
+def test_nothing_is_masked_for_its_age_where_that_is_not_the_policy() -> None:
+    bench = Bench(n=1, batch=1, min_group=1)
+    bench.fill()
+    bench.generate([0])
+    lease = bench.take("actor_update")
+
+    with pytest.raises(IllegalTransition, match="late_samples is wait"):
+        bench.table.commit(
+            leases=[lease.lease_id],
+            trained=[0],
+            skipped=[],
+            version=PolicyVersion(n=1),
+            masked={0: PolicyVersion(n=0)},
+        )
+
+
+@pytest.mark.parametrize(("policy", "dropped"), [("wait", 2), ("drop", 2), ("requeue", 0), ("mask", 2)])
+def test_a_lower_bound_holds_for_what_is_leased_from_then_on_under_every_policy(
+    policy: LatePolicy, dropped: int
+) -> None:
+    bench = Bench(eta=2, late_samples=policy)
+    bench.fill()
+    bench.generate(range(6))
+    bench.step()
+    bench.serve(1)
+
+    bench.do(bench.table.amend(max_staleness=0))  # rows 4 and 5 have tokens of version 0, the learner is at 1
+
+    assert bench.lease("actor_update") is None
+    assert bench.table.dropped() == ({LATE: dropped} if dropped else {})
+    assert bench.table.tally["requeued"] == 2 - dropped
+
+
+# -- stragglers --------------------------------------------------------------------------------------------------------
+
+
+def ask(bench: Bench, now: float) -> None:
+    bench.do(bench.table.lease("actor_update", worker="w", max_rows=100, max_tokens=None, deadline=now + 1000, now=now))
+
+
+def straggling(ready: int, **terms: Any) -> Bench:
+    """Groups of four, one of which makes a step; `ready` rows of the first are there."""
+    bench = Bench(n=4, batch=4, min_group=2, group_timeout=10.0, **terms)
+    bench.fill()
+    lease = bench.take("rollout", deadline=1e6)
+    bench.ack(lease, lease.rows[:ready])
+    bench.ack(bench.take("reward"))
+    return bench
+
+
+def test_a_group_is_closed_when_it_has_been_waited_for_long_enough() -> None:
+    bench = straggling(3)
+    assert bench.table.next_deadline() == 1e6  # nobody has asked yet
+    ask(bench, now=100.0)
+    ask(bench, now=105.0)  # the wait began with the first time
+
+    assert bench.table.next_deadline() == 110.0
+    assert bench.table.expire(109.9) == []
+    bench.do(bench.table.expire(110.0))
+
+    assert bench.table.dropped() == {STRAGGLER: 1}
+    assert bench.table.expire(110.0) == []
+    assert bench.take("actor_update").rows == (0, 1, 2)
+
+
+def test_a_group_of_which_too_little_is_there_is_dropped_with_it() -> None:
+    bench = straggling(1)
+    ask(bench, now=0.0)
+
+    bench.do(bench.table.expire(10.0))
+
+    assert bench.table.dropped() == {STRAGGLER: 3, SHORT_GROUP: 1}
+    assert bench.table.next_deadline() == 1e6
+
+
+def test_a_group_that_is_complete_in_time_is_not_closed() -> None:
+    bench = straggling(3)
+    ask(bench, now=0.0)
+    (lease,) = bench.table.leases
+    bench.do(bench.table.expire(9.0))
+    record = bench.table.leases[lease]
+    leased = Leased(lease_id=lease, stage="rollout", worker="w", rows=tuple(record.rows.tolist()), deadline=0.0)
+    bench.ack(leased, [3])
+    bench.ack(bench.take("reward"))
+
+    assert bench.table.next_deadline() == 1e6
+    assert bench.table.expire(10.0) == []
+
+
+def test_whoever_never_asks_and_whoever_has_no_timeout_waits_for_nobody() -> None:
+    for bench in (straggling(3), Bench(n=4, batch=4)):
+        bench.fill()
+        bench.lease("actor_update")
+        assert not bench.table.awaiting
+    bench = Bench(n=4, batch=4)
+    bench.fill()
+    ask(bench, now=0.0)
+    assert not bench.table.awaiting
+
+
+# -- partial batches, shares, and who asks twice -----------------------------------------------------------------------
+
+
+def test_fewer_than_min_rows_are_nothing() -> None:
+    bench = Bench(eta=2)
+    bench.fill()
+    table = bench.table
+    values: dict[str, Any] = {"worker": "w", "max_rows": 100, "max_tokens": None, "deadline": 60.0}
+    few = bench.take("rollout", 3)
+
+    assert table.lease("rollout", **values, min_rows=10) == []
+    assert len(bench.do(table.lease("rollout", **values, min_rows=9))[0].rows) == 9  # type: ignore[attr-defined]
+    bench.ack(few)
+    # no more than the limits allow is waited for
+    assert table.lease("reward", **values | {"max_rows": 3}, min_rows=50)
+    assert table.lease("reward", **values | {"max_tokens": 20}, min_rows=3)
+    assert not table.lease("reward", **values, min_rows=4)
+
+
+def test_the_training_stage_waits_for_no_more_rows_than_its_step_has() -> None:
+    bench = Bench(n=2, batch=4)
+    bench.fill()
+    bench.generate([0, 1])
+    values: dict[str, Any] = {"worker": "w", "max_rows": 100, "max_tokens": None, "deadline": 60.0}
+    assert bench.table.lease("actor_update", **values, min_rows=3) == []
+    bench.take("actor_update")
+    bench.generate([2, 3])
+
+    assert bench.table.lease("actor_update", **values, min_rows=3)
+
+
+def test_a_lease_that_is_asked_for_again_by_name_is_the_same_to_the_row() -> None:
+    bench = Bench(eta=2, n=1, batch=8, min_group=1)
+    bench.fill()
+    bench.generate(range(8))
+    values: dict[str, Any] = {"worker": "w", "max_rows": 100, "max_tokens": None, "deadline": 60.0}
+    assert bench.table.granted("actor_update", "step 1") is None
+    (leased,) = bench.do(bench.table.lease("actor_update", **values, ranks=4, request="step 1"))
+    assert isinstance(leased, Leased)
+
+    assert bench.table.granted("actor_update", "step 1", ranks=4) == leased.lease_id
+    assert bench.table.granted("reward", "step 1") is None  # a name is one of a stage
+    assert [len(share) for share in bench.table.leases[leased.lease_id].shares] == [2, 2, 2, 2]
+    with pytest.raises(StoreError, match="all must ask alike"):
+        bench.table.granted("actor_update", "step 1", ranks=2)
+    bench.do(bench.table.drop([3], reason="cancelled"))
+    with pytest.raises(LeaseLost, match="ended for sample 3: ask under a new name"):
+        bench.table.granted("actor_update", "step 1", ranks=4)
+
+
+def test_a_request_whose_lease_has_ended_never_gets_other_rows() -> None:
+    bench = Bench()
+    bench.fill()
+    values: dict[str, Any] = {"worker": "w", "max_rows": 2, "max_tokens": None, "deadline": 60.0}
+    (leased,) = bench.do(bench.table.lease("rollout", **values, request="a"))
+    assert isinstance(leased, Leased)
+    bench.ack(leased)
+
+    with pytest.raises(LeaseLost, match="has ended"):
+        bench.table.granted("rollout", "a")
+
+
+# -- back from quarantine ----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_put_back_where_it_failed_with_what_it_had() -> None:
+    bench = Bench(n=4, batch=4, max_attempts=1)
+    bench.admit()
+    rollout = bench.take("rollout")
+    bench.nack(rollout, [0], reason="no answer")
+    bench.ack(rollout, [1, 2, 3])
+    bench.nack(bench.take("reward"), [1], reason="the reward function has a bug")
+    frames = bench.table.frames()
+    assert bench.table.ended["quarantined"] == 2
+
+    bench.do(bench.table.restore([1, 0]))
+
+    assert bench.states() == {0: "prompted", 1: "generated", 2: "generated", 3: "generated"}
+    assert bench.table.frames() == frames
+    assert bench.table.ended["quarantined"] == 0
+    assert bench.table.tally["restored"] == 2
+    row = bench.table.row(1)
+    assert row is not None
+    assert (row.attempts, row.reasons) == ({}, ["the reward function has a bug"])
+    bench.nack(bench.take("rollout"), final=False, reason="again")
+    assert bench.table.ended["quarantined"] == 1  # one attempt each, as for everybody
+
+
+def test_its_data_go_with_its_group_and_then_it_cannot_be_put_back() -> None:
+    bench = Bench(n=4, batch=4)
+    bench.admit()
+    rollout = bench.take("rollout")
+    bench.ack(rollout)
+    bench.nack(bench.take("reward", 1), final=True)
+    bench.ack(bench.take("reward"))
+    assert bench.table.frames()[1] == 4
+    lease = bench.take("actor_update")
+    with pytest.raises(IllegalTransition, match="while the learner has its group"):
+        bench.table.restore([0])
+
+    released = bench.table.released_by(
+        bench.table.commit(leases=[lease.lease_id], trained=lease.rows, skipped=[], version=PolicyVersion(n=1))[0]
+    )
+    bench.commit(lease.rows)
+
+    assert released == {0: 4, 1: 4, 2: 3}
+    assert bench.table.frames() == {}
+    with pytest.raises(IllegalTransition, match=r"sample 0 cannot be put back: .* admit the prompt again"):
+        bench.table.restore([0])
+
+
+@pytest.mark.parametrize("sample", [0, 99])
+def test_only_what_is_in_quarantine_is_put_back(sample: int) -> None:
+    bench = Bench()
+    bench.admit()
+
+    with pytest.raises(IllegalTransition, match="only a sample in quarantine"):
+        bench.table.restore([sample])

@@ -24,6 +24,7 @@ from asyncflow.rewards.calls import MAX_LEFT_BEHIND, Calls
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.store.client import Counts, Waited
+from asyncflow.store.events import Committed
 from asyncflow.store.schema import Schema
 from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import PolicyVersion, Prompt, Sampling
@@ -252,6 +253,7 @@ def test_a_completion_that_waits_to_be_let_in_is_neither_slow_nor_overdue(hangin
     hanging.generate()
     hanging.finish_the_others()
     loop = hanging.host._loop
+    hanging.store.broker.perform([Committed(trained=(), skipped=(), version=PolicyVersion(n=1).packed)])
     swap = asyncio.run_coroutine_threadsafe(hanging.host._load(always(10, 1), "boundary"), loop)
     hanging.store.admit(prompts(1), timeout=0.0)
     hanging.rollout.turn()

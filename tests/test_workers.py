@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from asyncflow.clock import ManualClock
 from asyncflow.errors import LeaseLost
+from asyncflow.store.client import Lease
 from asyncflow.store.lifecycle import State
+from asyncflow.types import PolicyVersion
+from asyncflow.workers.actor_update import groups_of
 from asyncflow.workers.base import Heartbeat, HeldLease
 from tests.test_store import Bench, ids, responses
 
@@ -136,3 +141,33 @@ def test_renewing_a_lease_that_ran_out_says_so_before_anything_is_done_with_its_
 
     with pytest.raises(LeaseLost):
         one.held.renew()
+
+
+def test_tokens_that_are_too_old_take_no_part_in_the_loss() -> None:
+    packed = [PolicyVersion(incarnation=i, n=n).packed for i, n in ((0, 1), (0, 2), (1, 2), (1, 3))]
+    columns = {
+        "prompt_ids": pa.array([[1, 2]] * 2, pa.list_(pa.int32())),
+        "response_ids": pa.array([[5, 6, 7, 8], [5, 6]], pa.list_(pa.int32())),
+        "rollout_logprobs": pa.array([[-1.0] * 4, [-1.0] * 2], pa.list_(pa.float32())),
+        "token_versions": pa.array([packed, packed[2:]], pa.list_(pa.int64())),
+        "finish_reason": pa.array(["stop", "stop"]),
+        "reward": pa.array([1.0, 0.0], pa.float32()),
+    }
+    lease = Lease(
+        lease_id=1,
+        stage="actor_update",
+        sample_ids=np.arange(2),
+        group_ids=np.zeros(2, np.int64),
+        attempts=np.ones(2, np.int32),
+        data=pa.RecordBatch.from_pydict(columns),
+        deadline=60.0,
+        slots=2,
+        oldest_trainable=2,
+    )
+
+    ((old, young),) = groups_of(lease)
+
+    assert old.to_train(1.0, masked=False).mask.tolist() == [False, True, True, True]
+    assert not old.to_train(1.0, masked=True).mask.any()
+    assert (old.oldest, old.newest) == (PolicyVersion(n=2), PolicyVersion(incarnation=1, n=3))
+    assert young.young.all()

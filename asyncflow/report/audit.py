@@ -26,6 +26,8 @@ from asyncflow.store.events import (
     Leased,
     Opened,
     Quarantined,
+    Requeued,
+    Restored,
     Resumed,
     Returned,
     Served,
@@ -79,6 +81,12 @@ class Audit:
     """Of the last step."""
     resumed: tuple[PolicyVersion, ...]
     """Where the run went on after it had ended, in order."""
+    requeued: int
+    """Samples that were generated again because they were too old. Each counts once for each time."""
+    masked: int
+    """Trained samples of which some tokens were too old for the loss; their staleness is that of the others."""
+    restored: int
+    """Samples that were put back from quarantine. Each counts once for each time."""
     taken_back: int
     """Samples that steps had consumed and that were consumed again, because a checkpoint before these steps was
     resumed. Each counts once for each time."""
@@ -149,6 +157,8 @@ class _Sample:
     """Of its oldest and newest token."""
     has_response: bool = False
     leases: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
+    """Why it is in quarantine."""
 
 
 class _Books:
@@ -165,7 +175,7 @@ class _Books:
         """Step that can be taken back → its event, and the staleness of what it trained."""
         self.events = 1
         self.resumed: list[PolicyVersion] = []
-        self.taken_back = 0
+        self.taken_back = self.requeued = self.restored = self.masked = 0
         self.highest_bound = terms.max_staleness
         self.learner = PolicyVersion(n=0)
         self.served: dict[str, PolicyVersion] = {}
@@ -188,6 +198,8 @@ class _Books:
             Quarantined: self._quarantined,
             Served: self._served,
             Amended: self._amended,
+            Restored: self._restored,
+            Requeued: self._requeued,
             Checkpointed: self._checkpointed,
             Resumed: self._resumed,
         }
@@ -210,7 +222,7 @@ class _Books:
             trained=self.trained,
             dropped={reason: count for reason, count in self.dropped.most_common() if count},
             quarantined=self.quarantined.total(),
-            quarantine_reasons=dict(self.quarantined.most_common()),
+            quarantine_reasons={reason: count for reason, count in self.quarantined.most_common() if count},
             open=sum(not sample.end for sample in self.samples.values()),
             staleness=dict(sorted(self.staleness.items())),
             steps=tuple(self.steps),
@@ -218,6 +230,9 @@ class _Books:
             max_span=self.max_span,
             learner=self.learner,
             resumed=tuple(self.resumed),
+            requeued=self.requeued,
+            masked=self.masked,
+            restored=self.restored,
             taken_back=self.taken_back,
             highest_bound=self.highest_bound,
             events=self.events,
@@ -303,7 +318,8 @@ class _Books:
             self._object(f"{step} trains {_named(twice)}, which had been trained already")
         self._check_whole_step(step, rows)
         self._check_trainable(step, event.trained)
-        ages = {i: self._age(i) for i in event.trained}
+        masked = self._check_masked(step, event)
+        ages = {i: self.learner.n - masked[i] if i in masked else self._age(i) for i in event.trained}
         bounds = {i: self._bound(i) for i in event.trained}
         if late := {i: age for i, age in ages.items() if age > bounds[i]}:
             listed = _listed([f"{i} (staleness {age})" for i, age in late.items()])
@@ -311,6 +327,7 @@ class _Books:
         self._end(lsn, event.kind, event.trained, "trained")
         self._end(lsn, event.kind, event.skipped, "dropped")
         self.trained += len(event.trained)
+        self.masked += len(masked)
         if event.skipped:
             self.dropped[SKIPPED] += len(event.skipped)
         self.staleness.update(ages[i] for i in event.trained)
@@ -328,6 +345,18 @@ class _Books:
         self.learner, self.crowded = version, False
         if self.terms.resumable:
             self.consumed[version.n] = event, ages
+
+    def _check_masked(self, step: str, event: Committed) -> dict[int, int]:
+        """Trained sample → version of its oldest token in the loss, of those that have older ones: it must have it."""
+        masked = {i: PolicyVersion.unpack(version).n for i, version in event.masked}
+        if masked and self.terms.late_samples != "mask":
+            self._object(f"{step} masks tokens, and late_samples is {self.terms.late_samples}")
+        for sample_id, oldest in masked.items():
+            sample = self.samples.get(sample_id)
+            span = sample.versions if sample else None
+            if sample_id not in event.trained or span is None or not span[0].n <= oldest <= span[1].n:
+                self._object(f"{step} has nothing of version {oldest} in sample {sample_id}, and says it is its oldest")
+        return masked
 
     def _check_whole_step(self, step: str, rows: Sequence[int]) -> None:
         groups = {self.samples[i].group for i in rows if i in self.samples}
@@ -352,7 +381,36 @@ class _Books:
 
     def _quarantined(self, lsn: int, event: Quarantined) -> None:
         self.quarantined[event.reason] += len(event.rows)
+        for sample_id in event.rows:
+            if (sample := self.samples.get(sample_id)) is not None:
+                sample.reason = event.reason
         self._end(lsn, event.kind, event.rows, "quarantined")
+
+    def _restored(self, lsn: int, event: Restored) -> None:
+        if foreign := [i for i in event.rows if self._ended(i) != "quarantined"]:
+            self._object(f"event {lsn} puts {_named(foreign)} back, which was not in quarantine")
+        for sample_id in sorted(set(event.rows).difference(foreign)):
+            sample = self.samples[sample_id]
+            if sample.group not in self.groups:
+                self._object(f"event {lsn} puts {_named([sample_id])} back into a group that had ended")
+            self.quarantined[sample.reason] -= 1
+            sample.end, sample.reason = "", ""
+            self.groups.setdefault(sample.group, set()).add(sample_id)
+            self.restored += 1
+
+    def _requeued(self, lsn: int, event: Requeued) -> None:
+        if self.terms.late_samples != "requeue":
+            self._object(
+                f"event {lsn} generates {_named(event.rows)} again, and late_samples is {self.terms.late_samples}"
+            )
+        rows = self._open(lsn, event.kind, event.rows)
+        if young := [i for i in rows if self._age(i) <= self.terms.max_staleness]:
+            self._object(f"event {lsn} generates {_named(young)} again, which was not too old")
+        for sample_id in rows:
+            sample = self.samples[sample_id]
+            sample.versions, sample.has_response = None, False
+            sample.leases.clear()
+            self.requeued += 1
 
     def _served(self, lsn: int, event: Served) -> None:
         if event.version is None:
@@ -382,9 +440,10 @@ class _Books:
         for n in sorted((n for n in self.consumed if n > version.n), reverse=True):
             self._take_back(*self.consumed.pop(n))
         for sample_id, sample in self.samples.items():
-            if sample.end:
+            if sample.end not in ("", "quarantined"):
                 continue
-            self.groups.setdefault(sample.group, set()).add(sample_id)
+            if not sample.end:
+                self.groups.setdefault(sample.group, set()).add(sample_id)
             sample.leases.clear()
             if sample.versions is not None and sample.versions[1].n > version.n:
                 sample.versions, sample.has_response = None, False  # it is generated again
@@ -400,6 +459,7 @@ class _Books:
         if event.skipped:
             self.dropped[SKIPPED] -= len(event.skipped)
         self.staleness = self.staleness - Counter(ages.values())
+        self.masked -= len(event.masked)
         for sample_id in event.trained:
             self.spanning -= self._spans(sample_id)
         for sample_id in (*event.trained, *event.skipped):
@@ -524,6 +584,12 @@ def _steps(audit: Audit) -> str:
     if audit.resumed:
         times = f"{len(audit.resumed)} times" if len(audit.resumed) > 1 else "once"
         line += f"; resumed {times}, {audit.taken_back:,} samples taken back and consumed again"
+    for count, what in (
+        (audit.requeued, "generated again because they were too old"),
+        (audit.masked, "trained without tokens that were too old"),
+        (audit.restored, "put back from quarantine"),
+    ):
+        line += f"; {count:,} samples {what}" if count else ""
     if audit.spanning:
         line += f"; {audit.spanning:,} trained samples span policy versions, at most {audit.max_span}"
     return line

@@ -327,6 +327,9 @@ class _Run:
                 "trained": counts.trained,
                 "dropped": dict(counts.dropped),
                 "quarantined": counts.quarantined,
+                "requeued": counts.requeued,
+                "masked": counts.masked,
+                "restored": counts.restored,
                 "open": dict(counts.states),
             }
         doing = self._timeline.doing()

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -36,6 +36,8 @@ from asyncflow.types import PolicyVersion
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Attempt = Callable[[float, bool], T | None]
+"""Tries to get something at a time; the flag says that it is the last try."""
 
 OnCommitted = Callable[[Committed, Callable[[Sequence[str]], tuple[Place, ...]]], None]
 """Is told of every step when the ledger has it and before the data may go. What it is given says where columns of the
@@ -49,7 +51,7 @@ TIDY_EVERY = 1.0
 class _Parked(Generic[T]):
     """Somebody who waits for something that is not possible yet."""
 
-    attempt: Callable[[float], T | None]
+    attempt: Attempt[T]
     alive: Callable[[], bool]
     """Whether he still wants it."""
     done: threading.Event = field(default_factory=threading.Event)
@@ -103,7 +105,7 @@ class Broker:
             return self._account.allocate()
 
     def room(self, groups: int, *, timeout: float) -> bool:
-        return bool(self._wait(ADMISSION, lambda _: self._has_room(groups, size=0) or None, timeout))
+        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=0) or None, timeout))
 
     def admit(
         self,
@@ -117,7 +119,7 @@ class Broker:
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> int | None:
-        def attempt(_: float) -> int | None:
+        def attempt(_now: float, _last: bool) -> int | None:
             for named in (frame, *(() if samples is None else (samples.frame,))):
                 self._check_frame(named)
             first = self.table.next_group
@@ -138,19 +140,32 @@ class Broker:
         worker: str,
         max_rows: int,
         max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
         ttl: float,
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> Grant | None:
         self._check_topic(stage)
 
-        def attempt(now: float) -> Grant | None:
+        def attempt(now: float, last: bool) -> Grant | None:
+            if request is not None and (granted := self.table.granted(stage, request, ranks=ranks)) is not None:
+                return self._grant(granted)
             events = self.table.lease(
-                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, deadline=now + ttl
+                stage,
+                worker=worker,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                deadline=now + ttl,
+                min_rows=1 if last else min_rows,
+                ranks=ranks,
+                request=request,
+                now=now,
             )
             self._perform(events)
             leased = events[-1] if events else None
-            return self._grant(leased) if isinstance(leased, Leased) else None
+            return self._grant(leased.lease_id) if isinstance(leased, Leased) else None
 
         return self._wait(stage, attempt, timeout, alive)
 
@@ -186,18 +201,29 @@ class Broker:
             self._perform(self.table.gone(worker))
 
     def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
     ) -> None:
+        step = {"leases": leases, "trained": trained, "skipped": skipped}
         with self._operation():
-            self._perform(self.table.commit(leases=leases, trained=trained, skipped=skipped, version=version))
+            self._perform(self.table.commit(**step, version=version, masked=masked))
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         with self._operation():
             self._perform(self.table.drop(sample_ids, reason=reason))
 
-    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
+    def restore(self, sample_ids: Sequence[int]) -> None:
         with self._operation():
-            self._perform(self.table.prioritise(priority, samples=sample_ids))
+            self._perform(self.table.restore(sample_ids))
+
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> None:
+        with self._operation():
+            self._perform(self.table.prioritise(priority, samples=samples, groups=groups))
 
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         with self._operation():
@@ -249,6 +275,9 @@ class Broker:
                 served=dict(table.served),
                 oldest=table.oldest(),
                 bytes=self._account.bytes,
+                requeued=table.tally["requeued"],
+                masked=table.tally["masked"],
+                restored=table.tally["restored"],
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -340,42 +369,52 @@ class Broker:
             self._journal.sync_to(lsn)
 
     def _expire(self, now: float) -> None:
-        deadline = self.table.next_deadline()
-        if deadline is not None and deadline <= now:
-            self._perform(self.table.expire(now))
+        while (deadline := self.table.next_deadline()) is not None and deadline <= now:
+            events = self.table.expire(now)
+            if not events:
+                return
+            self._perform(events)
 
     def _wait(
         self,
         topic: str,
-        attempt: Callable[[float], T | None],
+        attempt: Attempt[T],
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> T | None:
         """What `attempt` gives, as soon as it gives something; None when time is up. Those who came before go first."""
         with self._operation() as now:
-            if not self._parked[topic] and (result := attempt(now)) is not None:
+            if not self._parked[topic] and (result := attempt(now, timeout <= 0)) is not None:
                 return result
             parked = _Parked(attempt, alive)
             self._parked[topic].append(parked)
-            if len(self._parked[topic]) > 1 or timeout <= 0:
-                self._possible[topic] = None
-                self._serve(now)
-            if timeout > 0 and not parked.done.is_set():
+            if timeout > 0:
                 self._see_to_it()
         if timeout > 0:
             parked.done.wait(timeout)
-        with self._lock:
-            if not parked.done.is_set():
-                self._parked[topic].remove(parked)
-                # He may have kept those behind him from something that they could use and he could not.
-                self._possible[topic] = None
-                if not self._closed:
-                    self._serve(self._clock.monotonic())
+        if not parked.done.is_set():
+            self._leave(topic, parked)
         if parked.error is not None:
             raise parked.error
         if self.durability == "power" and parked.result is not None:
             self._journal.sync_to(self._journal.lsn)
         return parked.result
+
+    def _leave(self, topic: str, parked: _Parked[Any]) -> None:
+        """His time is up: one last try, when those before him have had theirs."""
+        with self._operation() as now:
+            if parked.done.is_set():
+                return
+            self._possible[topic] = None
+            self._serve(now)
+            if parked.done.is_set():
+                return
+            first = self._parked[topic][0] is parked
+            self._parked[topic].remove(parked)
+            # He may have kept those behind him from something that they can use.
+            self._possible[topic] = None
+            if first:
+                parked.result = parked.attempt(now, True)
 
     def _serve(self, now: float) -> None:
         """Give those who wait what has become possible, which may make more possible."""
@@ -388,7 +427,7 @@ class Broker:
                     parked.done.set()
                     continue
                 try:
-                    parked.result = parked.attempt(now)
+                    parked.result = parked.attempt(now, False)
                 except Exception as error:  # it is his, and not that of whose operation this is
                     parked.error = error
                 if parked.result is None and parked.error is None:
@@ -429,16 +468,17 @@ class Broker:
             if released and self.table.terms.max_bytes is not None:
                 self._possible[ADMISSION] = None
 
-    def _grant(self, leased: Leased) -> Grant:
-        ids = np.array(leased.rows, np.int64)
-        stage = self.table.schema.stages[leased.stage]
+    def _grant(self, lease_id: int) -> Grant:
+        lease, schema = self.table.leases[lease_id], self.table.schema
         return Grant(
-            lease_id=leased.lease_id,
-            stage=leased.stage,
-            sample_ids=ids,
-            attempts=self.table.attempts(leased.stage, ids),
-            deadline=leased.deadline,
-            places=self.table.places(ids, stage.needs),
+            lease_id=lease_id,
+            stage=lease.stage,
+            sample_ids=lease.rows,
+            attempts=self.table.attempts(lease.stage, lease.rows),
+            deadline=lease.deadline,
+            places=self.table.places(lease.rows, schema.stages[lease.stage].needs),
+            oldest_trainable=self.table.oldest_trainable(lease_id) if lease.stage == schema.train.name else 0,
+            shares=lease.shares,
         )
 
     def _has_room(self, groups: int, *, size: int) -> bool:

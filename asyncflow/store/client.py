@@ -41,6 +41,9 @@ class Grant:
     deadline: float
     places: tuple[Place, ...]
     """Of the columns that the stage needs."""
+    oldest_trainable: int = 0
+    shares: tuple[np.ndarray, ...] = ()
+    """As in `Lease`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,11 @@ class Lease:
     slots: int
     """Training stage only: how many of the step's `train_batch_size` these groups count for. More than there are
     samples when some of a group were lost."""
+    oldest_trainable: int = 0
+    """Training stage only: number of the oldest policy version whose tokens are young enough for the loss. There are
+    older ones only where `late_samples` is `mask`."""
+    shares: tuple[NDArray[np.int64], ...] = ()
+    """Rank → places of its samples, where the lease was asked for with `ranks`. Balanced by tokens."""
 
     @cached_property
     def rows(self) -> tuple[LeasedRow, ...]:
@@ -106,6 +114,12 @@ class Counts:
     """Oldest policy version among the tokens of the open samples."""
     bytes: int
     """Of the data that are needed."""
+    requeued: int = 0
+    """Samples that were generated again because they were too old, each time counted."""
+    masked: int = 0
+    """Trained samples of which tokens that were too old were left out of the loss."""
+    restored: int = 0
+    """Samples that were put back from quarantine, each time counted."""
 
     @property
     def open(self) -> int:
@@ -143,24 +157,38 @@ class Management(Protocol):
     def gone(self, worker: str) -> None:
         """Say that a worker has died: its rows come back at once."""
 
+    def restore(self, sample_ids: Sequence[int]) -> None:
+        """Put samples back from quarantine, with the columns that they had. All of them or none.
+
+        Raises IllegalTransition for those whose group has ended or is with the learner.
+        """
+
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> None:
+        """Give samples, and all samples of groups, a priority. Those that have ended are left alone.
+
+        Raises StoreError for a number beyond 32 bits.
+        """
+
     def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
     ) -> None:
         """Record that a step's rows are in the weights that will be published as `version`.
 
         Each of `trained` and `skipped` is held under one of these `leases` of the training stage, of which some may
-        have ended; `skipped` counts towards the step and ends as dropped. Raises LeaseLost naming the rows that are not
-        held, StalenessViolation, or IllegalTransition when the rows are not exactly one step.
+        have ended; `skipped` counts towards the step and ends as dropped. `masked`: trained sample → version of the
+        oldest of its tokens that was in the loss, where older ones were masked out (`late_samples: mask`). Raises
+        LeaseLost naming the rows that are not held, StalenessViolation, or IllegalTransition when the rows are not
+        exactly one step.
         """
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         """End rows without training them; their places in the step go to later ones."""
-
-    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
-        """Give open samples a priority, for stages that take the highest first. Those that have ended are left alone.
-
-        Raises StoreError for a number beyond 32 bits.
-        """
 
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         """Say that a rollout engine serves this version from now on (None: it is gone).
@@ -229,6 +257,9 @@ class Control(Management, Protocol):
         worker: str,
         max_rows: int,
         max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
         ttl: float,
         timeout: float,
     ) -> Grant | None:
@@ -280,12 +311,27 @@ class StoreClient(Management, Protocol):
         """
 
     def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
+        ttl: float,
+        timeout: float,
     ) -> Lease | None:
         """Take up to `max_rows` rows (for the training stage whole groups, at least one) that are ready for `stage`.
 
-        `max_tokens` bounds prompt and response tokens together; one row (or group) is always given. Returns None when
-        nothing was ready within `timeout` seconds. Raises StoreError for a stage that there is not.
+        `max_tokens` bounds prompt and response tokens together; one row (or group) is always given. It waits for
+        `min_rows`, but not for more than the limits or the step allow; after `timeout` seconds it gives what there is,
+        and None when that is nothing. Raises StoreError for a stage that there is not.
+
+        `ranks` shares the rows out, balanced by tokens (`Lease.shares`). Who asks again with the same `request` gets
+        the same lease, to the row: every process of a data-parallel learner asks for itself. Raises LeaseLost when that
+        lease has ended.
         """
 
     def ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch | None = None) -> None:

@@ -9,7 +9,7 @@ In JSON (`docs/ledger.md` has every kind) a list of more than `PLAIN` values is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ PLAIN: Final = 64
 """Lists of so many values are always written as they are."""
 LONGEST: Final = 1 << 24
 """Values in one list: more make no sense, and would fill the memory."""
+
+LatePolicy = Literal["wait", "drop", "requeue", "mask"]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +66,10 @@ class Opened(Event, frozen=True, kw_only=True):
     """Open samples above which nothing is admitted."""
     max_bytes: int | None = None
     """Bytes of needed data above which nothing is admitted."""
+    late_samples: LatePolicy = "wait"
+    """What happens to rows that are too old (`docs/staleness.md`)."""
+    group_timeout: float | None = None
+    """Seconds for which the training stage waits for the missing rows of a group; None: as long as it takes."""
 
 
 class Amended(Event, frozen=True, kw_only=True):
@@ -123,6 +129,10 @@ class Leased(Event, frozen=True, kw_only=True):
     worker: str
     rows: tuple[int, ...]
     deadline: float
+    ranks: int | None = None
+    """The rows are shared out among so many ranks."""
+    request: str | None = None
+    """Who asks for it again under this name gets the same lease."""
 
 
 class Renewed(Event, frozen=True, kw_only=True):
@@ -172,6 +182,8 @@ class Committed(Event, frozen=True, kw_only=True):
     skipped: tuple[int, ...]
     """Consumed by the step without being computed; they end as dropped."""
     version: int
+    masked: tuple[tuple[int, int], ...] = ()
+    """Trained sample, and the version of the oldest of its tokens that were in the loss: older ones were masked out."""
 
 
 class Dropped(Event, frozen=True, kw_only=True):
@@ -190,6 +202,30 @@ class Quarantined(Event, frozen=True, kw_only=True):
     ids = ("rows",)
     rows: tuple[int, ...]
     reason: str
+
+
+class Restored(Event, frozen=True, kw_only=True):
+    """Rows in quarantine are open again, in their old places."""
+
+    kind = "restored"
+    rows: tuple[int, ...]
+
+
+class Requeued(Event, frozen=True, kw_only=True):
+    """Rows whose tokens are too old are prompts again, in their old places."""
+
+    kind = "requeued"
+    rows: tuple[int, ...]
+
+
+class Awaited(Event, frozen=True, kw_only=True):
+    """The training stage waits for groups of its step; what they lack at the deadline is given up. Not journaled: after
+    a restart the wait begins anew."""
+
+    kind = "awaited"
+    journaled = False
+    groups: tuple[int, ...]
+    deadline: float
 
 
 class Prioritised(Event, frozen=True, kw_only=True):
@@ -297,6 +333,9 @@ EVENTS: dict[str, type[Event]] = {
         Committed,
         Dropped,
         Quarantined,
+        Restored,
+        Requeued,
+        Awaited,
         Prioritised,
         Served,
         Checkpointed,

@@ -21,7 +21,7 @@ class State(StrEnum):
     TRAINING = "training"  # actor update commits it, or its lease ends
     TRAINED = "trained"  # end, once a checkpoint has passed it
     DROPPED = "dropped"  # end, with a reason; of a step's skipped samples once a checkpoint has passed them
-    QUARANTINED = "quarantined"  # end, with its reasons
+    QUARANTINED = "quarantined"  # end, with its reasons; it may be put back as long as its group is open
 
 
 class Move(StrEnum):
@@ -38,6 +38,8 @@ class Move(StrEnum):
     QUARANTINE = "quarantine"
     TAKE_BACK = "take_back"
     GENERATE_AGAIN = "generate_again"
+    RESTORE_PROMPT = "restore_prompt"
+    RESTORE_RESPONSE = "restore_response"
 
 
 OPEN_STATES = (State.PROMPTED, State.GENERATING, State.GENERATED, State.REWARDED, State.TRAINING)
@@ -52,10 +54,14 @@ TRANSITIONS: Mapping[tuple[State, Move], State] = {
     (State.TRAINING, Move.RETURN_SCORED): State.REWARDED,
     (State.TRAINING, Move.TRAIN): State.TRAINED,
     # A run that resumes: what was consumed after its checkpoint, and responses of weights that are gone with it.
+    # A response that is too old is generated again as well, where `late_samples` is `requeue`.
     (State.TRAINED, Move.TAKE_BACK): State.REWARDED,
     (State.DROPPED, Move.TAKE_BACK): State.REWARDED,
     (State.GENERATED, Move.GENERATE_AGAIN): State.PROMPTED,
     (State.REWARDED, Move.GENERATE_AGAIN): State.PROMPTED,
+    # Somebody has mended what it failed of, and puts it back: without a response, or with one.
+    (State.QUARANTINED, Move.RESTORE_PROMPT): State.PROMPTED,
+    (State.QUARANTINED, Move.RESTORE_RESPONSE): State.GENERATED,
     **{(state, Move.DROP): State.DROPPED for state in OPEN_STATES},
     **{(state, Move.QUARANTINE): State.QUARANTINED for state in OPEN_STATES},
 }

@@ -135,13 +135,31 @@ class RemoteControl:
         return _in_turns(ask, timeout)
 
     def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
+        ttl: float,
+        timeout: float,
     ) -> Grant | None:
         def ask(left: float) -> Grant | None:
-            request = wire.LeaseRows(
-                stage=stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, ttl=ttl, timeout=left
+            request_ = wire.LeaseRows(
+                stage=stage,
+                worker=worker,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                min_rows=min_rows,
+                ranks=ranks,
+                request=request,
+                ttl=ttl,
+                timeout=left,
             )
-            grant: Grant | None = self._call("lease", request, wait=left)
+            grant: Grant | None = self._call("lease", request_, wait=left)
             return grant
 
         return _in_turns(ask, timeout)
@@ -181,9 +199,21 @@ class RemoteControl:
         self._call("gone", wire.Gone(worker=worker))
 
     def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
     ) -> None:
-        request = wire.Commit(leases=_ints(leases), trained=_ints(trained), skipped=_ints(skipped), version=version)
+        request = wire.Commit(
+            leases=_ints(leases),
+            trained=_ints(trained),
+            skipped=_ints(skipped),
+            version=version,
+            masked=None if masked is None else dict(masked),
+        )
         tries = self._tries
         try:
             self._call("commit", request)
@@ -195,8 +225,11 @@ class RemoteControl:
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason))
 
-    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
-        self._call("prioritise", wire.Prioritise(sample_ids=_ints(sample_ids), priority=priority))
+    def restore(self, sample_ids: Sequence[int]) -> None:
+        self._call("restore", wire.Restore(sample_ids=_ints(sample_ids)))
+
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> None:
+        self._call("prioritise", wire.Prioritise(priority=priority, samples=_ints(samples), groups=_ints(groups)))
 
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         self._call("serve", wire.Serve(engine=engine, version=version))

@@ -25,6 +25,7 @@ from asyncflow.store.events import (
     Acked,
     Admitted,
     Amended,
+    Awaited,
     Checkpointed,
     Committed,
     Dropped,
@@ -33,14 +34,16 @@ from asyncflow.store.events import (
     Prioritised,
     Quarantined,
     Renewed,
+    Requeued,
     Restarted,
+    Restored,
     Resumed,
     Returned,
     Served,
 )
 from asyncflow.store.journal import LedgerReader, Record
 from asyncflow.store.recovery import apply_record
-from asyncflow.store.table import LATE, Table
+from asyncflow.store.table import LATE, STRAGGLER, Table
 from asyncflow.types import PolicyVersion
 
 NEVER = float("inf")
@@ -72,7 +75,7 @@ def digest(table: Table) -> str:
     """xxh3-128 of everything that the table knows: the same on every machine, for the same events."""
     image, arrays = table.dump()
     # Deadlines are of the clock of one process, and renewals are not journaled.
-    image.leases = [(*lease[:5], 0.0, lease[6]) for lease in image.leases]
+    image.leases = [(*lease[:5], 0.0, *lease[6:]) for lease in image.leases]
     image.served, image.ended = dict(sorted(image.served.items())), dict(sorted(image.ended.items()))
     image.reasons = dict(sorted(image.reasons.items()))
     check = xxhash.xxh3_128(msgspec.json.encode(image))
@@ -145,15 +148,26 @@ def _ask(table: Table, events: Sequence[Event]) -> Sequence[Event]:
 
 
 def _drop(table: Table, first: Dropped, events: Sequence[Event]) -> Sequence[Event]:
-    """Somebody dropped them; or the training stage came to rows that are too old, and then may have leased others."""
-    if first.reason != LATE:
-        return table.drop(first.rows, reason=first.reason)
-    rest = next((event for event in events if not isinstance(event, Dropped)), None)
+    """Somebody dropped them; or the training stage came to rows that are too old, or has waited too long for some."""
+    if first.reason == LATE:
+        return _too_old(table, first, events)
+    if first.reason == STRAGGLER:
+        groups = tuple(sorted({row // table.group_size for row in first.rows}))
+        for lease_id in table.leases:
+            table.apply(Renewed(lease_id=lease_id, deadline=NEVER))
+        table.apply(Awaited(groups=groups, deadline=0.0))
+        return table.expire(0.0)
+    return table.drop(first.rows, reason=first.reason)
+
+
+def _too_old(table: Table, _: Event, events: Sequence[Event]) -> Sequence[Event]:
+    """The training stage came to rows that are too old, and then may have leased others."""
     train = table.schema.train.name
-    if isinstance(rest, Leased) and rest.stage == train:
+    rest = next((event for event in events if isinstance(event, Leased)), None)
+    if rest is not None and rest.stage == train:
         return _lease(table, rest)
     decided = table.lease(train, worker="", max_rows=1, max_tokens=None, deadline=0.0)
-    return [event for event in decided if isinstance(event, Dropped)]
+    return [event for event in decided if not isinstance(event, Leased)]
 
 
 def _admit(table: Table, admitted: Admitted, events: Sequence[Event]) -> Sequence[Event] | None:
@@ -184,7 +198,11 @@ def _ack(table: Table, acked: Acked) -> Sequence[Event]:
 def _commit(table: Table, committed: Committed) -> Sequence[Event]:
     version = PolicyVersion.unpack(committed.version)
     return table.commit(
-        leases=tuple(table.leases), trained=committed.trained, skipped=committed.skipped, version=version
+        leases=tuple(table.leases),
+        trained=committed.trained,
+        skipped=committed.skipped,
+        version=version,
+        masked={sample: PolicyVersion.unpack(oldest) for sample, oldest in committed.masked},
     )
 
 
@@ -194,7 +212,13 @@ def _version(packed: int | None) -> PolicyVersion | None:
 
 def _lease(table: Table, leased: Leased) -> list[Event]:
     return table.lease(
-        leased.stage, worker=leased.worker, max_rows=len(leased.rows), max_tokens=None, deadline=leased.deadline
+        leased.stage,
+        worker=leased.worker,
+        max_rows=len(leased.rows),
+        max_tokens=None,
+        deadline=leased.deadline,
+        ranks=leased.ranks,
+        request=leased.request,
     )
 
 
@@ -206,6 +230,8 @@ def _give_back(table: Table, first: Returned, events: Sequence[Event]) -> Sequen
         for lease_id in table.leases:
             table.apply(Renewed(lease_id=lease_id, deadline=0.0 if lease_id in over else NEVER))
         return table.expire(0.0)
+    if lease is not None and first.reason == f"{lease.worker} has died":
+        return table.gone(lease.worker)
     answers = [table.nack(first.lease_id, first.rows, reason=first.reason, final=final) for final in (False, True)]
     return max(answers, key=lambda decided: (list(events[: len(decided)]) == decided, len(decided)))
 
@@ -224,6 +250,8 @@ _QUESTIONS: Mapping[type[Event], Callable[[Table, Any, Sequence[Event]], Sequenc
         PolicyVersion.unpack(e.version), oldest=PolicyVersion.unpack(e.oldest)
     ),
     Resumed: lambda table, e, _: table.resume(PolicyVersion.unpack(e.version).n),
+    Requeued: _too_old,
+    Restored: lambda table, e, _: table.restore(e.rows),
     Restarted: lambda table, e, _: table.restart(deadline=e.deadline),
 }
 """Kind of an operation's first event → the question whose answer it begins."""
@@ -308,5 +336,7 @@ _WORDS: Mapping[type[Event], Callable[[Any], str]] = {
     ),
     Prioritised: lambda e: f"{_named(e.rows)} got priority {e.priority}",
     Resumed: lambda e: f"the run went on from {_version(e.version)}",
+    Requeued: lambda e: f"{_named(e.rows)} are to be generated again, being too old",
+    Restored: lambda e: f"{_named(e.rows)} came back from quarantine",
     Restarted: lambda e: f"the store was started again, with leases until {e.deadline:.1f} at least",
 }

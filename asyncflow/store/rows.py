@@ -21,6 +21,7 @@ Flags = NDArray[np.bool_]
 
 NONE: Final = -1
 """In place of a policy version or a frame that there is not."""
+QUARANTINED: Final = STATES.index(State.QUARANTINED)
 CHUNK: Final = 4096
 """Entries that are counted together in `Marks`, and by which arrays forget."""
 
@@ -154,7 +155,7 @@ class Rows:
     state: NDArray[np.uint8]
     """Place in `STATES`."""
     kept: Flags
-    """Ended, and yet it may be taken back."""
+    """Ended, and yet it may be taken back, or put back from quarantine."""
     columns: NDArray[np.int64]
     """Bit set of the columns that are there."""
     prompt_tokens: NDArray[np.int32]
@@ -234,7 +235,7 @@ class Rows:
         return np.arange(first, self.end)
 
     def alive(self) -> Ids:
-        """Samples that are open, or may be taken back."""
+        """Samples that are open, or may be taken or put back."""
         state = self.state[: self.end - self.base]
         return np.flatnonzero((state < len(OPEN_STATES)) | self.kept[: len(state)]) + self.base
 
@@ -252,6 +253,13 @@ class Rows:
         """Which of these are samples that have not ended; any number may be asked for."""
         inside = (ids >= self.base) & (ids < self.end)
         inside[inside] = self.state[ids[inside] - self.base] < len(OPEN_STATES)
+        return inside
+
+    def is_quarantined(self, ids: Ids) -> Flags:
+        """Which of these may be put back from quarantine; any number may be asked for."""
+        inside = (ids >= self.base) & (ids < self.end)
+        index = ids[inside] - self.base
+        inside[inside] = self.kept[index] & (self.state[index] == QUARANTINED)
         return inside
 
     def plain(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ TOKEN_COLUMNS: tuple[str, ...] = ("response_ids", "rollout_logprobs", "token_ver
 
 MOST_BITS = 62
 """Columns, and stages that write none, in one schema: their bits share an int64."""
+MOST_TIMES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +161,10 @@ class Schema:
 
     def _check(self) -> None:
         for stage in self.stages.values():
-            if stage.max_times_leased < 1:
+            if not 1 <= stage.max_times_leased <= MOST_TIMES:
                 raise ConfigError(
-                    f"stage {stage.name}: max_times_leased must be at least 1, not {stage.max_times_leased}"
+                    f"stage {stage.name}: max_times_leased must be at least 1 and at most {MOST_TIMES}, "
+                    f"not {stage.max_times_leased}"
                 )
             if stage.max_times_leased > 1 and (stage.writes or stage.role == "train"):
                 raise ConfigError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -77,16 +77,25 @@ class Store:
     def gone(self, worker: str) -> None:
         self._control.gone(worker)
 
+    def restore(self, sample_ids: Sequence[int]) -> None:
+        self._control.restore(sample_ids)
+
     def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
     ) -> None:
-        self._control.commit(leases=leases, trained=trained, skipped=skipped, version=version)
+        self._control.commit(leases=leases, trained=trained, skipped=skipped, version=version, masked=masked)
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._control.drop(sample_ids, reason=reason)
 
-    def prioritise(self, sample_ids: Sequence[int], priority: int) -> None:
-        self._control.prioritise(sample_ids, priority)
+    def prioritise(self, priority: int, *, samples: Sequence[int] = (), groups: Sequence[int] = ()) -> None:
+        self._control.prioritise(priority, samples=samples, groups=groups)
 
     def serve(self, engine: str, version: PolicyVersion | None) -> None:
         self._control.serve(engine, version)
@@ -176,11 +185,29 @@ class Store:
         return Samples(columns=self.schema.mask(samples.schema.names), frame=frame, **about)
 
     def lease(
-        self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None = None, ttl: float, timeout: float
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None = None,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
+        ttl: float,
+        timeout: float,
     ) -> Lease | None:
         while True:
             grant = self._control.lease(
-                stage, worker=worker, max_rows=max_rows, max_tokens=max_tokens, ttl=ttl, timeout=timeout
+                stage,
+                worker=worker,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                min_rows=min_rows,
+                ranks=ranks,
+                request=request,
+                ttl=ttl,
+                timeout=timeout,
             )
             if grant is None:
                 return None
@@ -253,6 +280,8 @@ class Store:
                 data=data,
                 deadline=grant.deadline,
                 slots=len(np.unique(groups)) * self.group_size,
+                oldest_trainable=grant.oldest_trainable,
+                shares=_shares_of(grant.shares, held),
             )
         return None
 
@@ -400,3 +429,9 @@ class EmbeddedStore(Store):
     def sync(self) -> int:
         """As `Broker.sync`."""
         return self.broker.sync()
+
+
+def _shares_of(shares: Sequence[np.ndarray], held: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The shares of those rows of a lease that are given out: damaged ones are not."""
+    place = held.cumsum() - 1
+    return tuple(place[share[held[share]]] for share in shares)

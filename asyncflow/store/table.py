@@ -25,11 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.errors import IllegalTransition, LeaseLost, StalenessViolation, StoreError
+from asyncflow.store.balance import balanced
 from asyncflow.store.client import Place
 from asyncflow.store.events import (
     Acked,
     Admitted,
     Amended,
+    Awaited,
     Checkpointed,
     Committed,
     Dropped,
@@ -40,7 +42,9 @@ from asyncflow.store.events import (
     PutId,
     Quarantined,
     Renewed,
+    Requeued,
     Restarted,
+    Restored,
     Resumed,
     Returned,
     Samples,
@@ -54,9 +58,12 @@ from asyncflow.types import PolicyVersion
 
 LATE = "late"
 SHORT_GROUP = "short_group"
+STRAGGLER = "straggler"
 SKIPPED = "zero_variance_skipped"
 
 MOST_PRIORITY = (1 << 31) - 1
+REQUESTS_REMEMBERED = 4096
+"""Leases that were asked for by name: so many are known, those that have ended included."""
 
 ADMISSION = "admission"
 """Topic of those who wait for room; stages wait under their own names."""
@@ -75,6 +82,7 @@ as may be open, or their data are as large as they may be."""
 PROMPTED = STATES.index(State.PROMPTED)
 REWARDED = STATES.index(State.REWARDED)
 GENERATED = STATES.index(State.GENERATED)
+TRAINING = STATES.index(State.TRAINING)
 
 
 @dataclass(slots=True)
@@ -88,6 +96,9 @@ class LeaseRecord:
     deadline: float
     max_staleness: int
     """The bound under which the rows were leased: a lower one that comes later is for what is leased from then on."""
+    ranks: int | None = None
+    shares: tuple[Ids, ...] = ()
+    """Rank → places in `rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,8 @@ class Consumed:
 
     trained: Ids
     skipped: Ids
+    masked: int = 0
+    """Trained samples with tokens that were masked out for their age."""
 
     @property
     def rows(self) -> Ids:
@@ -104,14 +117,14 @@ class Consumed:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The groups of the step under way, in admission order: G of them, with n samples each."""
+    """The groups that the step under way may have, in admission order: G of them, with n samples each."""
 
     groups: Ids
     """(G,)"""
     rest: Flags
     """(G, n) Open, and young enough to be trained."""
     late: Flags
-    """(G, n) Open, and too old."""
+    """(G, n) Open, and too old: they are dropped, or generated again."""
     short: Flags
     """(G,) So many are late that what is left is too little to train: its place goes to a later group."""
 
@@ -128,11 +141,14 @@ class Image(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     served: dict[str, int]
     ended: dict[str, int]
     reasons: dict[int, list[str]]
-    leases: list[tuple[int, str, str, int, int, float, int]]
-    """Id, stage, worker, how many rows were leased, how many it holds, deadline, bound."""
+    leases: list[tuple[int, str, str, int, int, float, int, int | None, list[list[int]]]]
+    """Id, stage, worker, how many rows were leased, how many it holds, deadline, bound, ranks, shares."""
+    requests: list[tuple[str, str, int]]
+    """Stage, name, lease."""
+    tally: dict[str, int]
     puts: dict[str, tuple[PutId, int, int]]
-    consumed: list[tuple[int, int, int]]
-    """Step, how many it trained, how many it skipped."""
+    consumed: list[tuple[int, int, int, int]]
+    """Step, how many it trained, how many it skipped, how many were masked."""
 
 
 class Table:
@@ -145,7 +161,7 @@ class Table:
         self.groups = Marks()
         """Those with an open sample; the order of their ids is the order in which they were admitted."""
         self.taken = Marks()
-        """Groups that the training stage holds for the step under way."""
+        """Groups of which the training stage holds some row for the step under way."""
         self.leases: dict[int, LeaseRecord] = {}
         self.served: dict[str, PolicyVersion] = {}
         self.learner = PolicyVersion(n=0)
@@ -157,6 +173,12 @@ class Table:
         """trained, quarantined, and dropped:<reason> → samples."""
         self.puts: dict[str, tuple[PutId, int, int]] = {}
         """Producer → its last put, the first of its groups, and how many they were."""
+        self.tally: Counter[str] = Counter()
+        """requeued, restored, masked (trained with some tokens masked out for their age) → samples."""
+        self.awaiting: dict[int, float] = {}
+        """Group that the training stage waits for → when it does so no longer."""
+        self.requests: dict[tuple[str, str], int] = {}
+        """Stage and name of a request → its lease, which may have ended."""
         self.consumed: dict[int, Consumed] = {}
         """Version number of a step → its rows, as long as they can be taken back."""
         self._counts = np.zeros(len(STATES), np.int64)
@@ -269,9 +291,22 @@ class Table:
 
     def staleness(self, ids: Ids) -> NDArray[np.int64]:
         """Learner version before the step minus the version of each row's oldest token; 0 without tokens."""
-        oldest = self.rows.oldest[ids - self.rows.base]
-        stale: NDArray[np.int64] = np.where(oldest == NONE, 0, self.learner.n - (oldest & NUMBER))
-        return stale
+        return self._age(self.rows.oldest[ids - self.rows.base])
+
+    def _age(self, versions: NDArray[np.int64]) -> NDArray[np.int64]:
+        age: NDArray[np.int64] = np.where(versions == NONE, 0, self.learner.n - (versions & NUMBER))
+        return age
+
+    def too_old(self, ids: Ids) -> Flags:
+        """Which rows the learner may not train at its version: where tokens are masked, those that have none left."""
+        masks = self.terms.late_samples == "mask"
+        age = self._age(self.rows.newest[ids - self.rows.base]) if masks else self.staleness(ids)
+        late: Flags = age > self.terms.max_staleness
+        return late
+
+    def oldest_trainable(self, lease_id: int) -> int:
+        """Number of the oldest version whose tokens may be in the loss, among the rows of a training lease."""
+        return max(0, self.learner.n - self.leases[lease_id].max_staleness)
 
     def row(self, sample_id: int) -> Row | None:
         """One sample, as it is now; None when it has ended, or was never admitted."""
@@ -345,14 +380,30 @@ class Table:
         return [(row, next((self.leases[i].worker for i in row.leases.values()), None)) for row in found]
 
     def next_deadline(self) -> float | None:
-        """Earliest deadline of a lease, or None."""
+        """Earliest time at which `expire` has something to do, or None: the deadline of a lease, or of a group."""
+        earliest = self._closing()
         while self._deadlines:
             deadline, lease_id = self._deadlines[0]
             lease = self.leases.get(lease_id)
             if lease is not None and lease.deadline == deadline:
-                return deadline
+                return deadline if earliest is None else min(deadline, earliest)
             heapq.heappop(self._deadlines)
-        return None
+        return earliest
+
+    def _closing(self) -> float | None:
+        """Earliest deadline of a group that still lacks rows."""
+        if not self.awaiting:
+            return None
+        groups = np.fromiter(self.awaiting, np.int64, len(self.awaiting))
+        lacking = groups[self._lacking(groups).any(axis=1)]
+        return min((self.awaiting[group] for group in lacking.tolist()), default=None)
+
+    def _lacking(self, groups: Ids) -> Flags:
+        """(G, n) Open samples of groups that training cannot have yet."""
+        rows = self._members(groups)
+        lacking = self.rows.is_open(rows.ravel()).reshape(rows.shape)
+        lacking[lacking] = self.rows.state[rows[lacking] - self.rows.base] < REWARDED
+        return lacking
 
     # -- decisions: pure -----------------------------------------------------------------------------------------------
 
@@ -462,34 +513,93 @@ class Table:
         last = self.puts.get(put.producer)
         return last[1] if last is not None and last[0] == put else None
 
-    def lease(self, stage: str, *, worker: str, max_rows: int, max_tokens: int | None, deadline: float) -> list[Event]:
-        """Lease rows in admission order; no `Leased` event among the result when nothing is ready.
+    def lease(
+        self,
+        stage: str,
+        *,
+        worker: str,
+        max_rows: int,
+        max_tokens: int | None,
+        deadline: float,
+        min_rows: int = 1,
+        ranks: int | None = None,
+        request: str | None = None,
+        now: float | None = None,
+    ) -> list[Event]:
+        """Lease rows in the order of the stage's sampler; no `Leased` event among the result when nothing is ready.
+
+        Fewer than `min_rows` are nothing, unless the other limits, or the end of the step, allow no more. `ranks`
+        shares the rows out (`LeaseRecord.shares`); for a `request` that was made before see `granted`.
 
         For the training stage: whole groups of the step under way, which is the first B places that are open. Within
         these the order does not matter for staleness, so a group that is complete need not wait for an earlier one.
-        After the last step there is none, even where a run that was made shorter has samples left.
+        Where late samples need not be waited for (`late_samples`), it is any B places. After the last step there is
+        none, even where a run that was made shorter has samples left. `now` is when it asks: what it does not get it
+        waits for from then on (`group_timeout`).
         """
         if stage == self.schema.train.name:
             if self.learner.n == self.terms.last_version:
                 return []
-            events, rows = self._choose_groups(max_rows, max_tokens)
+            events, rows, full = self._choose_groups(max_rows, max_tokens)
+            if self.terms.group_timeout is not None and now is not None:
+                events = [*self._wait_for_groups(rows, now + self.terms.group_timeout), *events]
         else:
-            events, rows = [], self._choose_rows(stage, max_rows, max_tokens)
-        if rows:
-            leased = Leased(lease_id=self.next_lease, stage=stage, worker=worker, rows=tuple(rows), deadline=deadline)
+            events = []
+            rows, full = self._choose_rows(stage, max_rows, max_tokens)
+        if rows and (full or len(rows) >= min(min_rows, max_rows)):
+            leased = Leased(
+                lease_id=self.next_lease,
+                stage=stage,
+                worker=worker,
+                rows=tuple(rows),
+                deadline=deadline,
+                ranks=ranks,
+                request=request,
+            )
             events.append(leased)
         return events
 
-    def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> list[int]:
+    def granted(self, stage: str, request: str, *, ranks: int | None = None) -> int | None:
+        """The lease that a stage was given when it asked under this name before; None when it did not.
+
+        It has the very same rows, whoever asks: the replicas of a rank work on the same. Raises LeaseLost when some of
+        the rows have ended or the lease has, StoreError for another number of ranks.
+        """
+        lease_id = self.requests.get((stage, request))
+        if lease_id is None:
+            return None
+        lease = self.leases.get(lease_id)
+        lost = () if lease is None else tuple(lease.rows[~self.rows.is_open(lease.rows)].tolist())
+        if lease is None or lost:
+            raise LeaseLost(
+                f"the lease that {stage} asked for as {request!r} has ended{f' for {_named(lost)}' if lost else ''}: "
+                "ask under a new name",
+                rows=lost,
+            )
+        if lease.ranks != ranks:
+            raise StoreError(f"{request!r} was asked for with ranks {lease.ranks}, not {ranks}: all must ask alike")
+        return lease_id
+
+    def _wait_for_groups(self, leased: Sequence[int], deadline: float) -> list[Event]:
+        """From now on the training stage waits for those groups of its step that lack rows."""
+        groups = self.groups.first(self.groups_per_step)
+        groups = groups[~self.taken.has(groups) & ~np.isin(groups, np.array(leased, np.int64) // self.group_size)]
+        new = [group for group in groups[self._lacking(groups).any(axis=1)].tolist() if group not in self.awaiting]
+        return [Awaited(groups=tuple(new), deadline=deadline)] if new else []
+
+    def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> tuple[list[int], bool]:
+        """Rows, and whether the limits allow no more."""
         before = None
         if stage == self.schema.generate.name and (last := self._last_group_to_generate()) is not None:
             before = (last + 1) * self.group_size
         chosen = self._ready[stage].first(max_rows, before=before)
+        full = False
         if max_tokens is not None and len(chosen):
             total = self.rows.tokens[chosen - self.rows.base].cumsum()
+            full = bool(total[-1] >= max_tokens)
             chosen = chosen[: max(1, int(np.searchsorted(total, max_tokens, side="right")))]
         ids: list[int] = chosen.tolist()
-        return ids
+        return ids, full
 
     def _last_group_to_generate(self) -> int | None:
         """Id of the last group that may be generated now; None when all may."""
@@ -499,35 +609,61 @@ class Table:
         return int(self.groups.first(groups)[-1]) if groups else -1
 
     def _window(self) -> Window:
-        """The first B places that are open, after those whose groups end because they are too late."""
+        """The first B places that are open, after those whose groups end because they are too late.
+
+        All open ones, where the step need not wait for who is slow: what that makes too old is dropped, generated again
+        or masked.
+        """
+        if self.terms.late_samples != "wait":
+            return self._judge(self.groups.first(self.groups.count))
         short = 0
         while True:
-            groups = self.groups.first(self.groups_per_step + short)
-            rows = self._members(groups)
-            there = self.rows.is_open(rows.ravel()).reshape(rows.shape)
-            late = there & ~self.taken.has(groups)[:, None]
-            late[late] = self.staleness(rows[late]) > self.terms.max_staleness
-            rest = there & ~late
-            ends = late.any(axis=1) & (rest.sum(axis=1) < self.terms.min_group)
-            if ends.sum() == short or len(groups) < self.groups_per_step + short:
-                return Window(groups, rest, late, ends)
-            short = int(ends.sum())
+            window = self._judge(self.groups.first(self.groups_per_step + short))
+            ends = int(window.short.sum())
+            if ends == short or len(window.groups) < self.groups_per_step + short:
+                return window
+            short = ends
 
-    def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int]]:
-        window = self._window()
+    def _judge(self, groups: Ids) -> Window:
+        """Who is too old among these groups, and what that means for their others."""
+        rows = self._members(groups)
+        there = self.rows.is_open(rows.ravel()).reshape(rows.shape)
+        late = there & ~self.taken.has(groups)[:, None]
+        late[late] = self.too_old(rows[late])
+        rest = there & ~late
+        short = late.any(axis=1) & (rest.sum(axis=1) < self.terms.min_group)
+        if self.terms.late_samples == "requeue":
+            short[:] = False  # they stay in their group
+        return Window(groups, rest, late, short)
+
+    def _ends_of_late(self, window: Window) -> list[Event]:
+        """What becomes of the rows that are too old."""
         rows = self._members(window.groups)
+        if self.terms.late_samples == "requeue":
+            late = tuple(rows[window.late].tolist())
+            return [Requeued(rows=late)] if late else []
         events: list[Event] = []
         for place in np.flatnonzero(window.late.any(axis=1)):
             events.append(Dropped(rows=tuple(rows[place, window.late[place]].tolist()), reason=LATE))
             if window.short[place] and window.rest[place].any():
                 events.append(Dropped(rows=tuple(rows[place, window.rest[place]].tolist()), reason=SHORT_GROUP))
+        return events
+
+    def _choose_groups(self, max_rows: int, max_tokens: int | None) -> tuple[list[Event], list[int], bool]:
+        """Ends of late rows; rows of the chosen groups; whether the limits or the step allow no more."""
+        window = self._window()
+        rows = self._members(window.groups)
         waits = window.rest.copy()
         waits[waits] = self.rows.state[rows[waits] - self.rows.base] != REWARDED
+        if self.terms.late_samples == "requeue":
+            waits |= window.late
         ready = ~(window.short | self.taken.has(window.groups) | waits.any(axis=1))
         rows, rest = rows[ready], window.rest[ready]
         if self.schema.train.sampler != "fifo":
             order = group_order(self.schema.train, self.rows, rows, rest)
             rows, rest = rows[order], rest[order]
+        room = self.groups_per_step - self.taken.count
+        rows, rest = rows[:room], rest[:room]
         tokens = np.where(rest, self.rows.tokens[np.where(rest, rows - self.rows.base, 0)], 0)
         fits = rest.sum(axis=1).cumsum() <= max_rows
         if max_tokens is not None:
@@ -535,7 +671,8 @@ class Table:
         fits[:1] = True  # one group is always given
         count = len(fits) if fits.all() else int(fits.argmin())
         chosen: list[int] = rows[:count][rest[:count]].tolist()
-        return events, chosen
+        full = count < len(fits) or count == room or (max_tokens is not None and tokens[:count].sum() >= max_tokens)
+        return self._ends_of_late(window), chosen, bool(full)
 
     def _members(self, groups: Ids) -> Ids:
         """(G, n) Samples of groups, those included that have ended."""
@@ -591,8 +728,10 @@ class Table:
         return self._give_back([Returned(lease_id=lease_id, rows=tuple(rows), reason=reason)], final=final)
 
     def expire(self, now: float) -> list[Event]:
-        """Take back the rows of every lease whose deadline has passed."""
-        return self._take_back(lambda lease: lease.deadline <= now, "the lease of {} ran out")
+        """Take back the rows of every lease whose deadline has passed; when there is none, give up those rows for which
+        the training stage has waited too long. Called until nothing is left to do at this time."""
+        returns = self._take_back(lambda lease: lease.deadline <= now, "the lease of {} ran out")
+        return returns or self._close_groups(now)
 
     def gone(self, worker: str) -> list[Event]:
         """Take back the rows of every lease of a worker that has died."""
@@ -610,11 +749,41 @@ class Table:
         ]
         return self._give_back(returns, final=False)
 
+    def _close_groups(self, now: float) -> list[Event]:
+        """Whoever is late holds its group up no longer: what is there is trained, or dropped when it is too little."""
+        groups = np.array([group for group, deadline in self.awaiting.items() if deadline <= now], np.int64)
+        late = tuple(self._members(groups)[self._lacking(groups)].tolist())
+        return [Dropped(rows=late, reason=STRAGGLER), *self._short_groups(late)] if late else []
+
+    def restore(self, sample_ids: Sequence[int]) -> list[Event]:
+        """Put samples that are in quarantine back into their groups, with what they had, all attempts forgiven.
+
+        Raises IllegalTransition naming those that cannot be: a group that has ended has no place any more.
+        """
+        ids = np.unique(np.array(sample_ids, np.int64))
+        if len(busy := ids[self.taken.has(ids // self.group_size)]):
+            raise IllegalTransition(
+                f"{_named(busy.tolist())} cannot be put back while the learner has its group: admit the prompt again"
+            )
+        if len(gone := ids[~self.rows.is_quarantined(ids)]):
+            raise IllegalTransition(
+                f"{_named(gone.tolist())} cannot be put back: only a sample in quarantine can, while its group has not "
+                "been consumed and has not ended; admit the prompt again"
+            )
+        return [Restored(rows=tuple(ids.tolist()))] if len(ids) else []
+
     def commit(
-        self, *, leases: Sequence[int], trained: Sequence[int], skipped: Sequence[int], version: PolicyVersion
+        self,
+        *,
+        leases: Sequence[int],
+        trained: Sequence[int],
+        skipped: Sequence[int],
+        version: PolicyVersion,
+        masked: Mapping[int, PolicyVersion] | None = None,
     ) -> list[Event]:
         """Check that the rows are one whole step within the bound, held under these leases of the training stage.
 
+        `masked`: trained sample → version of the oldest token of it that was in the loss, where older ones were not.
         Raises LeaseLost naming the rows that are not, IllegalTransition or StalenessViolation.
         """
         rows = np.array([*trained, *skipped], np.int64)
@@ -627,7 +796,7 @@ class Table:
         if not held.all():
             lost = np.sort(rows[~held]).tolist()
             raise LeaseLost(f"a commit is for what its leases hold: they do not hold {_named(lost)}", rows=lost)
-        staleness = self.staleness(rows)
+        staleness = self._trained_staleness(trained, skipped, masked or {})
         for lease_id in np.unique(holder).tolist():
             bound, of_it = self.leases[lease_id].max_staleness, staleness[holder == lease_id]
             if of_it.max() > bound:
@@ -642,7 +811,32 @@ class Table:
             )
         if (version.incarnation, version.n) != (self.learner.incarnation, self.learner.n + 1):
             raise IllegalTransition(f"the version after {self.learner} is not {version}")
-        return [Committed(trained=tuple(sorted(trained)), skipped=tuple(sorted(skipped)), version=version.packed)]
+        return [
+            Committed(
+                trained=tuple(sorted(trained)),
+                skipped=tuple(sorted(skipped)),
+                version=version.packed,
+                masked=tuple(sorted((sample, oldest.packed) for sample, oldest in (masked or {}).items())),
+            )
+        ]
+
+    def _trained_staleness(
+        self, trained: Sequence[int], skipped: Sequence[int], masked: Mapping[int, PolicyVersion]
+    ) -> NDArray[np.int64]:
+        """Of each row by the oldest token that was in its loss; 0 for those that were not computed."""
+        if masked and self.terms.late_samples != "mask":
+            raise IllegalTransition(f"late_samples is {self.terms.late_samples}: no token is masked out for its age")
+        if foreign := sorted(masked.keys() - set(trained)):
+            raise IllegalTransition(f"{_named(foreign)} has masked tokens and is not among those that were trained")
+        ids = np.array(trained, np.int64)
+        index = ids - self.rows.base
+        oldest = self.rows.oldest[index].copy()
+        for place, sample in enumerate(trained):
+            if (version := masked.get(sample)) is not None:
+                if not oldest[place] & NUMBER <= version.n <= self._newest(ids[place : place + 1])[0]:
+                    raise IllegalTransition(f"sample {sample} has no token of {version} that could be its oldest one")
+                oldest[place] = version.packed
+        return np.concatenate([self._age(oldest), np.zeros(len(skipped), np.int64)])
 
     def drop(self, rows: Sequence[int], *, reason: str) -> list[Event]:
         """End open rows; those that have ended already are left alone."""
@@ -738,17 +932,15 @@ class Table:
     def released_by(self, event: Event) -> Counter[int]:
         """Frames whose data so many rows do not need any more when this event has been applied."""
         match event:
-            case Committed() if not self.terms.resumable:
-                return self._frames(np.array(event.trained + event.skipped, np.int64))
-            case Dropped() | Quarantined():
-                return self._frames(np.array(event.rows, np.int64))
+            case Committed() | Dropped() | Quarantined():
+                return self._frames(self._gone_with(event))
+            case Requeued():
+                return self._frames(np.array(event.rows, np.int64), but_prompt=True)
             case Checkpointed():
                 steps = [self.consumed[n].rows for n in self._passed(event)]
                 return self._frames(np.concatenate(steps)) if steps else Counter()
             case Resumed():
-                number = PolicyVersion.unpack(event.version).n
-                back = [step.rows for n, step in self.consumed.items() if n > number]
-                rows = np.concatenate([self.rows.open(), *back])
+                number, rows = PolicyVersion.unpack(event.version).n, self.rows.alive()
                 return self._frames(rows[self._newest(rows) > number], but_prompt=True)
             case _:
                 return Counter()
@@ -761,6 +953,26 @@ class Table:
         frames = self.rows.frame[int(but_prompt) :, rows - self.rows.base]
         found, counts = np.unique(frames[frames != NONE], return_counts=True)
         return Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+
+    def _gone_with(self, event: Committed | Dropped | Quarantined) -> Ids:
+        """Rows that nobody can have back when this event has happened: a group that ends takes those in quarantine
+        with it."""
+        ids = np.array(event.trained + event.skipped if isinstance(event, Committed) else event.rows, np.int64)
+        groups = self._groups_of(ids)
+        rows = self._members(groups)
+        left = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, ids)
+        over = groups[~left.any(axis=1)]
+        if isinstance(event, Quarantined):
+            ids = ids[np.isin(ids // self.group_size, over)]
+        elif isinstance(event, Committed) and self.terms.resumable:
+            ids = ids[:0]
+        return np.concatenate([ids, self._quarantined_of(over)])
+
+    def _quarantined_of(self, groups: Ids) -> Ids:
+        """Those samples of groups that may be put back."""
+        rows = self._members(groups).ravel()
+        quarantined: Ids = rows[self.rows.is_quarantined(rows)]
+        return quarantined
 
     def _passed(self, event: Checkpointed) -> list[int]:
         oldest = PolicyVersion.unpack(event.oldest).n
@@ -846,7 +1058,7 @@ class Table:
         if event.put is not None:
             self.puts[event.put.producer] = event.put, event.first_group, many
         if event.samples is not None:
-            return self._complete(ids, event.samples) | self._enqueue(ids)
+            return self._bring(ids, event.samples) | self._enqueue(ids)
         topics = set()
         for stage, marks in self._ready.items():  # all of them are alike
             if not self.schema.needs[stage] & ~self.schema.prompt_mask:
@@ -854,16 +1066,18 @@ class Table:
                 topics.add(stage)
         return topics
 
-    def _complete(self, ids: Ids, samples: Samples) -> set[str]:
+    def _bring(self, ids: Ids, samples: Samples) -> set[str]:
         """New samples that were generated elsewhere."""
         self._move(ids, Move.START_GENERATING)
         self._move(ids, Move.GENERATE)
         for stage in self._writers(samples.columns):
-            line = self._line[stage] + 1
-            self.rows.frame[line, ids - self.rows.base] = samples.frame
-            self.rows.offset[line, ids - self.rows.base] = np.arange(len(ids))
+            line = self._line[stage]
+            self.rows.times[line, ids - self.rows.base] = 1
+            self.rows.frame[line + 1, ids - self.rows.base] = samples.frame
+            self.rows.offset[line + 1, ids - self.rows.base] = np.arange(len(ids))
         self.last_frame = max(self.last_frame, samples.frame)
-        return self._append(ids, samples.columns, samples.tokens, samples.oldest, samples.newest)
+        self._append(ids, samples.columns, samples.tokens, samples.oldest, samples.newest)
+        return self._complete(ids)
 
     def _append(
         self,
@@ -872,26 +1086,29 @@ class Table:
         tokens: Sequence[int],
         oldest: Sequence[int | None],
         newest: Sequence[int | None],
-    ) -> set[str]:
-        """Rows have more columns now; those that have all that training needs are ready for it."""
+    ) -> None:
+        """Rows have more columns now."""
         index, rows = ids - self.rows.base, self.rows
         rows.columns[index] |= columns
         if tokens:
             rows.tokens[index] += np.array(tokens, np.int32)
         if oldest:
             rows.oldest[index], rows.newest[index] = _versions(oldest), _versions(newest)
-        needs = self.schema.needs[self.schema.train.name]
-        complete = ids[(rows.state[index] == GENERATED) & (rows.columns[index] & needs == needs)]
-        if not len(complete):
-            return set()
-        self._move(complete, Move.COMPLETE_SCORES)
-        return {self.schema.train.name}
 
     def _apply_leased(self, event: Leased) -> set[str]:
         ids = np.array(event.rows, np.int64)
         self.leases[event.lease_id] = LeaseRecord(
-            event.stage, event.worker, ids, len(ids), event.deadline, self.terms.max_staleness
+            event.stage,
+            event.worker,
+            ids,
+            len(ids),
+            event.deadline,
+            self.terms.max_staleness,
+            event.ranks,
+            tuple(balanced(self.rows.tokens[ids - self.rows.base], event.ranks)) if event.ranks else (),
         )
+        if event.request is not None:
+            self._remember(event.stage, event.request, event.lease_id)
         self.next_lease = event.lease_id + 1
         self._set_deadline(event.lease_id, event.deadline)
         line = self._line[event.stage]
@@ -902,10 +1119,28 @@ class Table:
             self._move(ids, Move.START_GENERATING)
         elif role == "train":
             self._move(ids, Move.START_TRAINING)
-            self.taken.put(self._groups_of(ids), there=True)
+            groups = self._groups_of(ids)
+            self.taken.put(groups, there=True)
+            self._stop_waiting(groups)
         if role != "train":
             self._ready[event.stage].put(ids, there=False)
         return set()
+
+    def _remember(self, stage: str, request: str, lease_id: int) -> None:
+        if len(self.requests) >= REQUESTS_REMEMBERED:
+            ended = [key for key, lease in self.requests.items() if lease not in self.leases]
+            for key in ended[: len(ended) // 2 + 1]:
+                del self.requests[key]
+        self.requests[stage, request] = lease_id
+
+    def _apply_awaited(self, event: Awaited) -> set[str]:
+        self.awaiting |= dict.fromkeys(event.groups, event.deadline)
+        return set()
+
+    def _stop_waiting(self, groups: Ids) -> None:
+        if self.awaiting:
+            for group in groups.tolist():
+                self.awaiting.pop(group, None)
 
     def _apply_renewed(self, event: Renewed) -> set[str]:
         self._set_deadline(event.lease_id, event.deadline)
@@ -929,8 +1164,15 @@ class Table:
         self.last_frame = max(self.last_frame, event.frame)
         if stage.role == "generate":
             self._move(ids, Move.GENERATE)
-        topics = self._append(ids, event.columns, event.tokens, event.oldest, event.newest)
-        return topics | self._enqueue(ids)
+        self._append(ids, event.columns, event.tokens, event.oldest, event.newest)
+        return self._complete(ids) | self._enqueue(ids)
+
+    def _complete(self, ids: Ids) -> set[str]:
+        """Rows that have all that training needs can be trained."""
+        needs, index = self.schema.needs[self.schema.train.name], ids - self.rows.base
+        complete = ids[(self.rows.state[index] == GENERATED) & (self.rows.columns[index] & needs == needs)]
+        self._move(complete, Move.COMPLETE_SCORES)
+        return {self.schema.train.name} if len(complete) else set()
 
     def _apply_returned(self, event: Returned) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
@@ -949,10 +1191,18 @@ class Table:
             self._move(ids, Move.RETURN_PROMPT)
         elif stage.role == "train":
             self._move(ids, Move.RETURN_SCORED)
-            self.taken.put(self._groups_of(ids), there=False)
+            self._let_go(self._groups_of(ids))
+
+    def _let_go(self, groups: Ids) -> None:
+        """The training stage has those groups no longer of which it holds no row."""
+        rows = self._members(groups)
+        held = self.rows.is_open(rows.ravel()).reshape(rows.shape)
+        held[held] = self.rows.state[rows[held] - self.rows.base] == TRAINING
+        self.taken.put(groups[~held.any(axis=1)], there=False)
 
     def _apply_committed(self, event: Committed) -> set[str]:
-        step = Consumed(np.array(event.trained, np.int64), np.array(event.skipped, np.int64))
+        step = Consumed(np.array(event.trained, np.int64), np.array(event.skipped, np.int64), len(event.masked))
+        self.tally["masked"] += step.masked
         if self.terms.resumable:
             self.rows.kept[step.rows - self.rows.base] = True
         self._end(step.trained, Move.TRAIN, "")
@@ -967,8 +1217,33 @@ class Table:
         return self._after_end()
 
     def _apply_quarantined(self, event: Quarantined) -> set[str]:
-        self._end(np.array(event.rows, np.int64), Move.QUARANTINE, event.reason)
+        ids = np.array(event.rows, np.int64)
+        self.rows.kept[ids - self.rows.base] = True  # until its group ends
+        self._end(ids, Move.QUARANTINE, event.reason)
         return self._after_end()
+
+    def _apply_restored(self, event: Restored) -> set[str]:
+        ids = np.array(event.rows, np.int64)
+        index = ids - self.rows.base
+        generated = self.schema.writes[self.schema.generate.name]
+        has_response = self.rows.columns[index] & generated == generated
+        self._move(ids[has_response], Move.RESTORE_RESPONSE)
+        self._move(ids[~has_response], Move.RESTORE_PROMPT)
+        self.rows.kept[index] = False
+        self.rows.attempts[:, index] = 0
+        self.ended[str(State.QUARANTINED)] -= len(ids)
+        self.tally["restored"] += len(ids)
+        self._stop_waiting(self._groups_of(ids))
+        return self._complete(ids) | self._enqueue(ids)
+
+    def _apply_requeued(self, event: Requeued) -> set[str]:
+        ids = np.array(event.rows, np.int64)
+        self._release_all(ids)
+        self._move(ids, Move.GENERATE_AGAIN)
+        self._forget_response(ids)
+        self.tally["requeued"] += len(ids)
+        self._stop_waiting(self._groups_of(ids))
+        return self._enqueue(ids)
 
     def _after_end(self) -> set[str]:
         """A row that ended makes room, may complete its group, and may let a later group into the step."""
@@ -1019,13 +1294,18 @@ class Table:
             step = self.consumed.pop(n)
             self.ended["trained"] -= len(step.trained)
             self.ended[f"{State.DROPPED}:{SKIPPED}"] -= len(step.skipped)
+            self.tally["masked"] -= step.masked
             self._move(step.rows, Move.TAKE_BACK)
             rows.kept[step.rows - rows.base] = False
             rows.attempts[self._line[self.schema.train.name], step.rows - rows.base] = 0  # the last one was no failure
             self.groups.put(self._groups_of(step.rows), there=True)
         ids = rows.open()
-        self._generate_again(ids[self._newest(ids) > number])
+        self._move(ids[self._newest(ids) > number], Move.GENERATE_AGAIN)
+        there = rows.alive()  # what is in quarantine included
+        self._forget_response(there[self._newest(there) > number])
         self.taken.clear()
+        self.awaiting.clear()
+        self.requests.clear()
         self.served.clear()
         self._deadlines.clear()
         self._enqueue(ids)
@@ -1037,8 +1317,8 @@ class Table:
             self._set_deadline(lease_id, event.deadline)
         return {ADMISSION, *self.schema.stages}
 
-    def _generate_again(self, ids: Ids) -> None:
-        self._move(ids, Move.GENERATE_AGAIN)
+    def _forget_response(self, ids: Ids) -> None:
+        """Nothing is left of these but the prompt."""
         index, rows = ids - self.rows.base, self.rows
         rows.columns[index], rows.tokens[index] = self.schema.prompt_mask, rows.prompt_tokens[index]
         rows.oldest[index] = rows.newest[index] = NONE
@@ -1064,19 +1344,25 @@ class Table:
         self._move(ids, move)
         state = STATES[self.rows.state[ids[0] - self.rows.base]]
         self.ended[f"{state}:{reason}" if state is State.DROPPED else str(state)] += len(ids)
-        for stage, line in self._line.items():
-            leases = self.rows.lease[line, ids - self.rows.base]
-            for lease_id in np.unique(leases[leases != 0]).tolist():
-                self._release(lease_id, ids[leases == lease_id])
-            if stage in self._ready:
-                self._ready[stage].put(ids, there=False)
+        self._release_all(ids)
+        for line in self._ready.values():
+            line.put(ids, there=False)
         kept = self.rows.kept[ids - self.rows.base]
         self._forget(ids[~kept])
         groups = np.unique(ids // self.group_size)
         rows = self._members(groups)
         over = groups[~self.rows.is_open(rows.ravel()).reshape(rows.shape).any(axis=1)]
         self.groups.put(over, there=False)
-        self.taken.put(over, there=False)
+        self._let_go(groups)
+        self._forget(self._quarantined_of(over))
+        self._stop_waiting(over)
+
+    def _release_all(self, ids: Ids) -> None:
+        """Take these rows out of every lease."""
+        for line in self._line.values():
+            leases = self.rows.lease[line, ids - self.rows.base]
+            for lease_id in np.unique(leases[leases != 0]).tolist():
+                self._release(lease_id, ids[leases == lease_id])
 
     def _release(self, lease_id: int, ids: Ids) -> None:
         lease = self.leases[lease_id]
@@ -1150,6 +1436,9 @@ class Table:
             "puts": dict(self.puts),
             "next": (self.next_sample, self.next_group, self.next_lease, self.last_frame),
             "ended": dict(self.ended),
+            "tally": dict(self.tally),
+            "requests": dict(self.requests),
+            "shares": {i: [share.tolist() for share in r.shares] for i, r in self.leases.items() if r.shares},
             "states": self.states,
         }
 
@@ -1159,7 +1448,8 @@ class Table:
         other.rows, other.groups, other.taken = self.rows.copy(), self.groups.copy(), self.taken.copy()
         other.leases = {lease_id: copy(lease) for lease_id, lease in self.leases.items()}
         other.served, other.ended, other.consumed = dict(self.served), self.ended.copy(), dict(self.consumed)
-        other.puts = dict(self.puts)
+        other.puts, other.requests, other.tally = dict(self.puts), dict(self.requests), self.tally.copy()
+        other.awaiting = dict(self.awaiting)
         other._counts = self._counts.copy()
         other._ready = {stage: marks.copy() for stage, marks in self._ready.items()}
         other._deadlines = list(self._deadlines)
@@ -1192,11 +1482,23 @@ class Table:
             ended=dict(self.ended),
             reasons=self.rows.reasons,
             leases=[
-                (lease_id, lease.stage, lease.worker, len(lease.rows), lease.left, lease.deadline, lease.max_staleness)
+                (
+                    lease_id,
+                    lease.stage,
+                    lease.worker,
+                    len(lease.rows),
+                    lease.left,
+                    lease.deadline,
+                    lease.max_staleness,
+                    lease.ranks,
+                    [share.tolist() for share in lease.shares],
+                )
                 for lease_id, lease in self.leases.items()
             ],
+            requests=[(stage, name, lease_id) for (stage, name), lease_id in self.requests.items()],
+            tally=dict(self.tally),
             puts=self.puts,
-            consumed=[(n, len(step.trained), len(step.skipped)) for n, step in steps],
+            consumed=[(n, len(step.trained), len(step.skipped), step.masked) for n, step in steps],
         )
         return image, arrays
 
@@ -1218,17 +1520,18 @@ class Table:
         table.learner = PolicyVersion.unpack(image.learner)
         table.served = {engine: PolicyVersion.unpack(version) for engine, version in image.served.items()}
         table.ended = Counter(image.ended)
-        table.puts = image.puts
+        table.puts, table.tally = image.puts, Counter(image.tally)
+        table.requests = {(stage, name): lease_id for stage, name, lease_id in image.requests}
         begin = 0
-        for lease_id, stage, worker, count, left, deadline, bound in image.leases:
-            rows = arrays["leased"][begin : begin + count]
-            table.leases[lease_id] = LeaseRecord(stage, worker, rows, left, deadline, bound)
+        for lease_id, stage, worker, count, left, deadline, bound, ranks, places in image.leases:
+            rows, shares = arrays["leased"][begin : begin + count], tuple(np.array(some, np.int64) for some in places)
+            table.leases[lease_id] = LeaseRecord(stage, worker, rows, left, deadline, bound, ranks, shares)
             table._set_deadline(lease_id, deadline)
             begin += count
         begin = 0
-        for n, trained, skipped in image.consumed:
+        for n, trained, skipped, masked in image.consumed:
             rows = arrays["consumed"][begin : begin + trained + skipped]
-            table.consumed[n] = Consumed(rows[:trained], rows[trained:])
+            table.consumed[n] = Consumed(rows[:trained], rows[trained:], masked)
             begin += trained + skipped
         return table
 
@@ -1261,6 +1564,9 @@ _HANDLERS: dict[type[Event], Callable[[Table, Any], set[str]]] = {
     Dropped: Table._apply_dropped,
     Quarantined: Table._apply_quarantined,
     Prioritised: Table._apply_prioritised,
+    Restored: Table._apply_restored,
+    Requeued: Table._apply_requeued,
+    Awaited: Table._apply_awaited,
     Served: Table._apply_served,
     Amended: Table._apply_amended,
     Checkpointed: Table._apply_checkpointed,

@@ -88,6 +88,9 @@ class LeaseRows(Message, frozen=True, kw_only=True):
     worker: str
     max_rows: Annotated[int, Meta(ge=1)]
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    min_rows: Annotated[int, Meta(ge=1)] = 1
+    ranks: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
+    request: str | None = None
     ttl: Ttl
     timeout: Wait
 
@@ -124,6 +127,7 @@ class Commit(Message, frozen=True, kw_only=True):
     trained: list[Id]
     skipped: list[Id]
     version: PolicyVersion
+    masked: dict[Id, PolicyVersion] | None = None
 
 
 class Drop(Message, frozen=True, kw_only=True):
@@ -131,9 +135,14 @@ class Drop(Message, frozen=True, kw_only=True):
     reason: str
 
 
-class Prioritise(Message, frozen=True, kw_only=True):
+class Restore(Message, frozen=True, kw_only=True):
     sample_ids: list[Id]
+
+
+class Prioritise(Message, frozen=True, kw_only=True):
     priority: int
+    samples: list[Id] = []
+    groups: list[Id] = []
 
 
 class Serve(Message, frozen=True, kw_only=True):
@@ -188,6 +197,7 @@ CALLS: dict[str, tuple[type[Message], Any]] = {
     "gone": (Gone, None),
     "commit": (Commit, None),
     "drop": (Drop, None),
+    "restore": (Restore, None),
     "prioritise": (Prioritise, None),
     "serve": (Serve, None),
     "amend": (Amend, None),

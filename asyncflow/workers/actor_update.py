@@ -24,6 +24,7 @@ from asyncflow.config import Config
 from asyncflow.engines.base import LearnerEngine, OptimStats
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.store.client import Lease, StoreClient
+from asyncflow.store.samplers import NUMBER
 from asyncflow.store.schema import Stage
 from asyncflow.types import PolicyVersion, Recorder, Timeline, TrainSample
 from asyncflow.workers.arrow import floats, ragged, strings
@@ -49,6 +50,8 @@ class Step:
     """Samples that have not been through the model yet."""
     trained: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    masked: dict[int, PolicyVersion] = field(default_factory=dict)
+    """Trained sample → its oldest token that is in the loss, where older ones are too old for it."""
     denominator: int = 0
     """Tokens in the loss of the optimizer update under way."""
     updates: list[OptimStats] = field(default_factory=list)
@@ -205,6 +208,8 @@ class ActorUpdate(StageWorker):
             step.waiting.append(sample)
             step.staleness.append(self.version.n - scored.oldest.n)
             step.spans += scored.oldest != scored.newest
+            if not scored.young.all():
+                step.masked[scored.sample_id] = scored.oldest
 
     def _kl_penalties(self, group: Sequence[Scored]) -> list[float]:
         """What each reward loses, or nothing where KL is not in the reward."""
@@ -234,7 +239,9 @@ class ActorUpdate(StageWorker):
         sync_began = time.monotonic()
         leases = [held.lease.lease_id for held in step.held]
         with self.timeline.span(self.name, "commit", version=str(version)):
-            self.store.commit(leases=leases, trained=step.trained, skipped=step.skipped, version=version)
+            self.store.commit(
+                leases=leases, trained=step.trained, skipped=step.skipped, version=version, masked=step.masked
+            )
         for held in step.held:
             held.forget([row.sample_id for row in held.lease.rows])
         self.version = version
@@ -322,6 +329,7 @@ class ActorUpdate(StageWorker):
                 "sample/staleness_p95": float(np.percentile(step.staleness, 95)) if step.staleness else 0.0,
                 "sample/staleness_max": max(step.staleness, default=0),
                 "sample/version_spans": step.spans,
+                "sample/masked": len(step.masked),
                 "updates": len(step.updates),
                 "grad_norm": last.grad_norm if last else 0.0,
                 "learning_rate": last.learning_rate if last else 0.0,
@@ -349,21 +357,25 @@ class Scored:
     prompt_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
     response_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
     behaviour_logprobs: np.ndarray[tuple[int], np.dtype[np.float32]]
+    young: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    """Tokens that are not too old for the loss: all of them, unless `late_samples` is `mask`."""
     oldest: PolicyVersion
+    """Of those that are young enough."""
     newest: PolicyVersion
     truncated: bool
     reward: float
     reference_logprobs: np.ndarray[tuple[int], np.dtype[np.float32]] | None
 
     def to_train(self, advantage: float, *, masked: bool) -> TrainSample:
-        """As the engine sees it. The end-of-sequence token is a token like the others; a masked sample has none."""
+        """As the engine sees it. The end-of-sequence token is a token like the others; a masked sample has none in the
+        loss."""
         shape = self.response_ids.shape
         return TrainSample(
             sample_id=self.sample_id,
             group_id=self.group_id,
             prompt_ids=self.prompt_ids,
             response_ids=self.response_ids,
-            mask=np.full(shape, not masked),
+            mask=self.young & (not masked),
             behaviour_logprobs=self.behaviour_logprobs,
             advantages=np.full(shape, advantage, dtype=np.float32),
             reference_logprobs=self.reference_logprobs,
@@ -392,7 +404,8 @@ def groups_of(lease: Lease) -> list[list[Scored]]:
             prompt_ids=prompt_ids,
             response_ids=response_ids,
             behaviour_logprobs=logprobs,
-            oldest=PolicyVersion.unpack(versions.min()),
+            young=(young := (versions & NUMBER) >= lease.oldest_trainable),
+            oldest=PolicyVersion.unpack(versions[young].min()),
             newest=PolicyVersion.unpack(versions.max()),
             truncated=finish_reason == "length",
             reward=float(reward),
