@@ -603,7 +603,7 @@ def test_a_segment_that_is_needed_and_missing_is_named(rolling: Files) -> None:
     frame = rolling.writer.append(rows(1))
     rolling.path(frame).unlink()
 
-    with pytest.raises(LedgerError, match=r"000001\.segment is missing, .* restore it, or start a new run"):
+    with pytest.raises(LedgerError, match=r"000001\.segment is missing, .* restore the file, or start a new run"):
         Account(SegmentFolder(rolling.folder), {frame: 1})
 
 

@@ -253,11 +253,11 @@ def test_a_completion_that_waits_to_be_let_in_is_neither_slow_nor_overdue(hangin
     hanging.generate()
     hanging.finish_the_others()
     loop = hanging.host._loop
-    hanging.store.broker.perform([Committed(trained=(), skipped=(), version=PolicyVersion(n=1).packed)])
     swap = asyncio.run_coroutine_threadsafe(hanging.host._load(always(10, 1), "boundary"), loop)
     hanging.store.admit(prompts(1), timeout=0.0)
     hanging.rollout.turn()
     asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(20.0)  # all of them have reached the gate
+    hanging.store.broker.perform([Committed(trained=(), skipped=(), version=PolicyVersion(n=1).packed)])
 
     assert hanging.after(299.0) == ["rollout_slow"]
     assert hanging.after(2.0) == ["rollout_timeout"]

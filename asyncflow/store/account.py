@@ -37,8 +37,8 @@ class Account:
         needed = {segment_of(frame) for frame in frames or {}}
         if missing := sorted(needed - sizes.keys()):
             raise LedgerError(
-                f"{shelf.name(missing[0])} is missing, so the run cannot go on with its samples: restore it, or start "
-                "a new run from the last checkpoint's weights"
+                f"{shelf.name(missing[0])} is missing, so the run cannot go on with its samples: restore the file, or "
+                "start a new run from the last checkpoint's weights"
             )
         for frame, rows in (frames or {}).items():
             use = self._uses[segment_of(frame)]
