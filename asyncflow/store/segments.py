@@ -447,6 +447,8 @@ class SegmentReader:
 
         Rows of few frames are views of the map, as those of `batch`; those of many frames are copied together.
         """
+        if len(frames) and (frames == frames[0]).all():
+            return gather(self.batch, columns, frames, offsets)
         unique, index = np.unique(frames, return_inverse=True)
         if len(unique) < MANY_FRAMES:
             return gather(self.batch, columns, frames, offsets)
