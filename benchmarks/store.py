@@ -96,7 +96,7 @@ MEASUREMENTS = (
             "done_1024_ms": Key(value=milliseconds("done_s"), less_is_better=True),
         },
         embedded=True,
-        quick={"rows": 32, "repeats": 1},
+        quick={"rows": 32, "repeats": 1, "warm": 1},
     ),
     Measurement(
         figure="singly",
@@ -107,13 +107,13 @@ MEASUREMENTS = (
             "put_1_p99_ms": Key(value=milliseconds("put_1_s", 99), less_is_better=True),
         },
         embedded=True,
-        quick={"rows": 32},
+        quick={"rows": 32, "repeats": 1},
     ),
     Measurement(
         figure="throughput",
         keys={"flight_get_1024_samples_per_s": Key(value=rate("cold_s"), target="≥ 60k")},
         ours={"remote": True},
-        quick={"rows": 32, "repeats": 1},
+        quick={"rows": 32, "repeats": 1, "warm": 1},
     ),
     Measurement(
         figure="small",
@@ -195,7 +195,7 @@ MEASUREMENTS = (
             "long_get_again_gb_per_s": Key(value=rate("again_s", "bytes", 1e-9)),
         },
         terms={"response": 8192},
-        quick={"rows": 32, "repeats": 1},
+        quick={"rows": 32, "repeats": 1, "warm": 1},
     ),
     Measurement(
         figure="put_only",

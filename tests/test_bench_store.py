@@ -42,6 +42,7 @@ PROMISED = [
     "recovery_1m_s",
     "memcpy_gb_per_s",
 ]
+from tests.processes import wait_until
 
 
 def memory(folder: Path) -> Child:
@@ -142,10 +143,10 @@ def test_a_child_answers_and_says_what_it_cannot_do_and_what_failed(tmp_path: Pa
 def test_a_child_that_is_stopped_does_nothing_until_it_goes_on(tmp_path: Path) -> None:
     with memory(tmp_path) as child:
         child.suspend()
-        stopped = {process.status() for process in child.processes()}
+        wait_until(lambda: {process.status() for process in child.processes()} == {"stopped"})
+
         child.resume()
 
-        assert stopped == {"stopped"}
         assert child.ask("about")["medium"] == "memory"
 
 

@@ -48,7 +48,7 @@ class Account:
         self._unneeded = sizes.keys() - needed
         self._unsynced: set[int] = set()
         self.has_garbage = bool(self._unneeded)
-        """Whether there is a segment that was needed and is not any more."""
+        """Whether `unneeded` is worth a call: a segment is not needed any more, or a writer has gone on to another."""
         self.bytes = sum(use.needed_bytes for use in self._uses.values())
         """Of the data that are needed, as far as the rows of a segment are of the same size."""
 
@@ -61,6 +61,7 @@ class Account:
         """The number of a segment for whoever asks. It is never given out again."""
         self._last += 1
         self._uses[self._last] = _Use()
+        self.has_garbage |= bool(self._unneeded)
         self._unneeded.add(self._last)
         return self._last
 
@@ -101,7 +102,7 @@ class Account:
         any more; each is named once."""
         unneeded = sorted(number for number in self._unneeded if not self._shelf.in_use(number))
         self._unneeded.difference_update(unneeded)
-        self.has_garbage = any(self._uses[number].ever for number in self._unneeded)  # its writer still has it
+        self.has_garbage = False
         self._unsynced.difference_update(unneeded)
         for number in unneeded:
             del self._uses[number]

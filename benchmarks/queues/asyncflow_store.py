@@ -151,6 +151,9 @@ class OurStore(Queue):
     def done(self, got: Got) -> None:
         self._store.ack(got.handle.lease_id, got.handle.sample_ids.tolist(), pa.record_batch([], names=[]))
 
+    def end(self, got: Got) -> None:
+        self._store.drop(got.handle.sample_ids.tolist(), reason="consumed")
+
     def can_park(self) -> None:
         pass
 

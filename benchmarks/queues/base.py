@@ -110,6 +110,10 @@ class Queue(ABC):
     def done(self, got: Got) -> None:
         """Tell the queue that a reader has finished with them."""
 
+    def end(self, got: Got) -> None:
+        """Finish with samples that nobody else will want: a queue that can removes them."""
+        self.done(got)
+
     def can_park(self) -> None:
         """Raises MissingFeature when `park` would ask again and again."""
         raise MissingFeature("a consumer that waits asks again and again: none is parked")

@@ -26,6 +26,8 @@ T = TypeVar("T")
 Connect = Callable[[Any], Queue]
 
 BATCH = 1024
+WARM = 20
+"""Turns that are not counted: they pay for code, memory and files that nobody has touched before."""
 PATIENCE_S = 300.0
 processes = multiprocessing.get_context("spawn")
 
@@ -35,14 +37,21 @@ def about(side: Side) -> dict[str, Any]:
 
 
 def throughput(
-    side: Side, *, rows: int = BATCH, response: int = 512, repeats: int = 3, remote: bool = False, **terms: Any
+    side: Side,
+    *,
+    rows: int = BATCH,
+    response: int = 512,
+    repeats: int = 9,
+    warm: int = WARM,
+    remote: bool = False,
+    **terms: Any,
 ) -> dict[str, Any]:
     """Put a batch in one call; get it, by a client that has not seen it before; get it a second time."""
     samples = finished(rows, response=response)
     seconds: dict[str, list[float]] = {"put_s": [], "cold_s": [], "again_s": [], "done_s": []}
     with side.open("finished", **terms) as place, clients(place, remote=remote) as (producer, consumer):
         batch = producer.prepare(samples)
-        for turn in range(repeats + 1):
+        for turn in range(warm + repeats):
             put_s, _ = timed(lambda: producer.put(batch))
             cold_s, got = timed(lambda: wanted(consumer.get(rows, timeout=PATIENCE_S)))
             check(samples, got.columns)
@@ -51,13 +60,13 @@ def throughput(
             consumer.done(got)
             del got
             producer.clear()
-            if turn:  # the first one pays for code and files that are new
+            if turn >= warm:
                 for name, value in {"put_s": put_s, "cold_s": cold_s, "again_s": again_s, "done_s": done_s}.items():
                     seconds[name].append(value)
     return {"rows": rows, "bytes": size(samples), **seconds}
 
 
-def put_only(side: Side, *, rows: int = BATCH, repeats: int = 8, **terms: Any) -> dict[str, Any]:
+def put_only(side: Side, *, rows: int = BATCH, repeats: int = 16, **terms: Any) -> dict[str, Any]:
     """Puts of one batch, on other terms."""
     samples = finished(rows)
     with side.open("finished", **terms) as place, clients(place) as (producer, _):
@@ -67,19 +76,28 @@ def put_only(side: Side, *, rows: int = BATCH, repeats: int = 8, **terms: Any) -
     return {"rows": rows, "bytes": size(samples), "put_s": seconds}
 
 
-def singly(side: Side, *, rows: int = BATCH, **terms: Any) -> dict[str, Any]:
-    """Put samples one by one, as a pipeline does; then get all of them at once, and once more."""
+def singly(side: Side, *, rows: int = BATCH, repeats: int = 3, **terms: Any) -> dict[str, Any]:
+    """Put samples one by one, as a pipeline does; then get all of them at once, and once more. The first turn pays for
+    memory that nobody has touched before."""
     samples = finished(rows)
+    seconds: dict[str, list[float]] = {"put_1_s": [], "cold_s": [], "again_s": []}
     with side.open("finished", **terms) as place, clients(place) as (producer, consumer):
         batches = [producer.prepare(part(samples, row, row + 1)) for row in range(rows)]
-        put_s = [timed(lambda one=one: producer.put(one))[0] for one in batches]  # type: ignore[misc]
-        cold_s, got = timed(lambda: wanted(consumer.get(rows, timeout=PATIENCE_S)))
-        check(samples, got.columns)
-        consumer.done(got)
-        again_s, got = timed(lambda: wanted(consumer.get(rows, reader="again", timeout=PATIENCE_S)))
-        consumer.done(got)
-        producer.clear()
-    return {"rows": rows, "put_1_s": put_s[min(32, rows // 2) :], "cold_s": [cold_s], "again_s": [again_s]}
+        for turn in range(1 + repeats):
+            put_s = [timed(lambda one=one: producer.put(one))[0] for one in batches]  # type: ignore[misc]
+            cold_s, got = timed(lambda: wanted(consumer.get(rows, timeout=PATIENCE_S)))
+            check(samples, got.columns)
+            consumer.done(got)
+            del got
+            again_s, got = timed(lambda: wanted(consumer.get(rows, reader="again", timeout=PATIENCE_S)))
+            consumer.done(got)
+            del got
+            producer.clear()
+            if turn:
+                seconds["put_1_s"] += put_s
+                seconds["cold_s"].append(cold_s)
+                seconds["again_s"].append(again_s)
+    return {"rows": rows, **seconds}
 
 
 def small(side: Side, *, rows: int = 16, gets: int = 64, **terms: Any) -> dict[str, Any]:
@@ -195,35 +213,44 @@ def resident(
     return {"few": few_there, "many": there, "fill_s": fill_s, "few_s": few_s, "many_s": many_s}
 
 
-def columns(side: Side, *, rows: int = BATCH, repeats: int = 3, **terms: Any) -> dict[str, Any]:
+def columns(side: Side, *, rows: int = BATCH, repeats: int = 8, **terms: Any) -> dict[str, Any]:
     """Get one ragged column of all samples, and 32 of them."""
     seconds: dict[str, list[float]] = {"one": [], "all": []}
     with side.open("wide", **terms) as place, clients(place) as (producer, consumer):
         batch = producer.prepare(wide(rows))
-        for turn in range(repeats + 1):
+        for turn in range(2 + repeats):
             producer.put(batch)
             for reader, values in seconds.items():
                 get_s, got = timed(lambda reader=reader: wanted(consumer.get(rows, reader=reader, timeout=PATIENCE_S)))  # type: ignore[misc]
                 consumer.done(got)
                 del got
-                if turn:
+                if turn > 1:
                     values.append(get_s)
             producer.clear()
     return {"rows": rows, "one_s": seconds["one"], "all_s": seconds["all"]}
 
 
-def mixed(side: Side, *, producers: int = 4, consumers: int = 4, batches: int = 32, rows: int = 256) -> dict[str, Any]:
-    """Producers and consumers at the same time, each in a process of its own. `batches`: that each producer puts."""
-    total = producers * batches
+def mixed(
+    side: Side, *, producers: int = 4, consumers: int = 4, batches: int = 32, rows: int = 256, passes: int = 2
+) -> dict[str, Any]:
+    """Producers and consumers at the same time, each in a process of its own; a consumer has what it got removed.
+    `batches`: that each producer puts, in each pass; the last one counts."""
     with side.open("finished") as place:
-        answers: Any = processes.SimpleQueue()
-        start, left = processes.Barrier(producers + consumers), processes.Value("l", total)
-        work = [
-            *[partial(puts_batches, start=start, batches=batches, rows=rows)] * producers,
-            *[partial(gets_batches, start=start, left=left, rows=rows)] * consumers,
-        ]
-        with workers(place, work, answers):
-            done = [answers.get() for _ in work]
+        for _ in range(passes):
+            turn = _mixed(place, producers=producers, consumers=consumers, batches=batches, rows=rows)
+    return turn
+
+
+def _mixed(place: Place, *, producers: int, consumers: int, batches: int, rows: int) -> dict[str, Any]:
+    total = producers * batches
+    answers: Any = processes.SimpleQueue()
+    start, left = processes.Barrier(producers + consumers), processes.Value("l", total)
+    work = [
+        *[partial(puts_batches, start=start, batches=batches, rows=rows)] * producers,
+        *[partial(gets_batches, start=start, left=left, rows=rows)] * consumers,
+    ]
+    with workers(place, work, answers):
+        done = [answers.get() for _ in work]
     spans = {
         what: max(end for kind, _, end, _ in done if kind == what) - min(s for kind, s, _, _ in done if kind == what)
         for what in ("put", "get")
@@ -303,7 +330,7 @@ def gets_batches(connect: Connect, address: Any, answers: Any, *, start: Any, le
     while left.value > 0:
         got = client.get(rows, timeout=0.05, interval=0.001)
         if got is not None:
-            client.done(got)
+            client.end(got)
             samples += got.rows
             ended = time.monotonic()
             with left.get_lock():
