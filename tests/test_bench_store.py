@@ -20,6 +20,7 @@ from benchmarks.queues.child import ROOT, Child, ChildFailed
 from benchmarks.queues.memory import Lists, MemoryPlace, MemorySide
 from benchmarks.queues.samples import Ragged, finished, part, rows_of, size
 from benchmarks.store import FLOORS, MEASUREMENTS, TARGETS, Key, Measurement, compare, join, measure, rate, summarise
+from tests.processes import wait_until
 
 PROMISED = [
     "put_1024_samples_per_s",
@@ -42,7 +43,6 @@ PROMISED = [
     "recovery_1m_s",
     "memcpy_gb_per_s",
 ]
-from tests.processes import wait_until
 
 
 def memory(folder: Path) -> Child:
