@@ -65,6 +65,8 @@ class Marks:
         if len(ids) == 1:
             self._put_one(int(ids[0]), there if isinstance(there, bool) else bool(there[0]))
             return
+        if there is False and not self.count:
+            return
         there = np.broadcast_to(there, ids.shape)
         inside = self._inside(ids)
         if not inside.all():

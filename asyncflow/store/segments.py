@@ -60,7 +60,7 @@ FREE_BYTES: Final = 512 << 20
 """What such files may take together."""
 FLOCK: Final = struct.Struct("hhqqi")
 """The system's `struct flock`: type, whence, start, length, process."""
-SEGMENT_BYTES: Final = 64 << 20
+SEGMENT_BYTES: Final = 16 << 20
 """Size of a segment, unless one frame needs more."""
 JOINED_BYTES: Final = 1 << 18
 """A message up to this size is put together in memory first; the parts of a larger one go to the file as they are."""

@@ -963,15 +963,22 @@ class Table:
         """Rows that nobody can have back when this event has happened: a group that ends takes those in quarantine
         with it."""
         ids = np.array(event.trained + event.skipped if isinstance(event, Committed) else event.rows, np.int64)
-        groups = self._groups_of(ids)
-        rows = self._members(groups)
-        left = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, ids)
-        over = groups[~left.any(axis=1)]
+        over = self._over_without(ids)
         if isinstance(event, Quarantined):
             ids = ids[np.isin(ids // self.group_size, over)]
         elif isinstance(event, Committed) and self.terms.resumable:
             ids = ids[:0]
         return np.concatenate([ids, self._quarantined_of(over)])
+
+    def _over_without(self, ids: Ids) -> Ids:
+        """Groups of these rows of which no other row is open."""
+        if self.group_size == 1:
+            return ids
+        groups = self._groups_of(ids)
+        rows = self._members(groups)
+        left = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, ids)
+        over: Ids = groups[~left.any(axis=1)]
+        return over
 
     def _quarantined_of(self, groups: Ids) -> Ids:
         """Those samples of groups that may be put back."""
@@ -1028,6 +1035,8 @@ class Table:
 
     def _short_groups(self, gone: Iterable[int]) -> list[Event]:
         """The end of what is left of these rows' groups, where that is too little to train."""
+        if self.terms.min_group <= 1:
+            return []
         lost = np.unique(np.array(list(gone), np.int64))
         rows = self._members(np.unique(lost // self.group_size))
         rest = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, lost)
@@ -1367,11 +1376,9 @@ class Table:
             line.put(ids, there=False)
         kept = self.rows.kept[ids - self.rows.base]
         self._forget(ids[~kept])
-        groups = np.unique(ids // self.group_size)
-        rows = self._members(groups)
-        over = groups[~self.rows.is_open(rows.ravel()).reshape(rows.shape).any(axis=1)]
+        over = self._over_without(ids)
         self.groups.put(over, there=False)
-        self._let_go(groups)
+        self._let_go(self._groups_of(ids))
         self._forget(self._quarantined_of(over))
         self._stop_waiting(over)
 
@@ -1379,7 +1386,7 @@ class Table:
         """Take these rows out of every lease."""
         for line in self._line.values():
             leases = self.rows.lease[line, ids - self.rows.base]
-            for lease_id in np.unique(leases[leases != 0]).tolist():
+            for lease_id in set(leases[leases != 0].tolist()):
                 self._release(lease_id, ids[leases == lease_id])
 
     def _release(self, lease_id: int, ids: Ids) -> None:
@@ -1408,7 +1415,7 @@ class Table:
         return ready & (self.rows.state[index] < len(OPEN_STATES))
 
     def _groups_of(self, ids: Ids) -> Ids:
-        return np.unique(ids // self.group_size)
+        return np.unique(ids // self.group_size) if self.group_size > 1 else ids
 
     def _newest(self, ids: Ids) -> NDArray[np.int64]:
         """Number of the version of each row's newest token; −1 without tokens."""
