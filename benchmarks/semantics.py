@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.machine import machine, write_json
 from benchmarks.queues.base import MissingFeature
-from benchmarks.queues.child import Child, ChildFailed
+from benchmarks.queues.child import Child, ChildFailed, end_in_order
 from benchmarks.store import OURS, PEERS, command
 
 
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,…", help=", ".join(CASES))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    end_in_order()
     if unknown := [name for name in arguments.only or () if name not in CASES]:
         parser.error(f"there is no case {', '.join(unknown)}; the cases are {', '.join(CASES)}")
     result: dict[str, Any] = {"benchmark": "semantics", "machine": machine(), "cases": {}}

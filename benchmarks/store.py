@@ -34,7 +34,7 @@ import psutil
 
 from benchmarks.machine import machine, spread, write_json
 from benchmarks.queues.base import MissingFeature
-from benchmarks.queues.child import ROOT, Child, ChildFailed, cpu_share
+from benchmarks.queues.child import ROOT, Child, ChildFailed, cpu_share, end_in_order
 from benchmarks.queues.floors import floors
 
 OURS = "asyncflow_store"
@@ -358,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    end_in_order()
     only = _keys(arguments.only, parser)
     if arguments.peer and not PEER_PYTHON.exists():
         parser.error(f"{arguments.peer} is not installed: run make peers")

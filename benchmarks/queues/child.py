@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -151,3 +152,8 @@ def cpu_share(pids: Sequence[int], seconds: float) -> float:
 
 def _tail(log: Path, lines: int = 20) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that what the children have started ends with them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
