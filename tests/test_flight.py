@@ -23,7 +23,7 @@ from asyncflow.store.flight import StoreServer
 from asyncflow.store.frames import HEADER_BYTES
 from asyncflow.store.remote import connect
 from asyncflow.store.segments import segment_path
-from asyncflow.store.store import EmbeddedStore, Store
+from asyncflow.store.store import RESTART_GRACE, EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
 from tests.processes import wait_until
 from tests.test_store import SCHEMA, ids, prompts, responses, rewards, terms
@@ -37,8 +37,9 @@ class Served:
     def __init__(self, folder: Path, **options: Any) -> None:
         self.clock = ManualClock()
         self.folder = folder / "data"
+        self.ledger = folder / "ledger.sqlite"
         self.store = EmbeddedStore.create(
-            SCHEMA, terms(**options), ledger=folder / "ledger.sqlite", data=self.folder, clock=self.clock
+            SCHEMA, terms(**options), ledger=self.ledger, data=self.folder, clock=self.clock
         )
         self.server = StoreServer(self.store, token=TOKEN)
         self.clients: list[Store] = []
@@ -49,6 +50,12 @@ class Served:
         client = connect(self.server.location, **values)
         self.clients.append(client)
         return client
+
+    def restart(self, port: int = 0) -> None:
+        """The same store in what might be another process."""
+        self.server.close()
+        self.store = EmbeddedStore.restart(ledger=self.ledger, data=self.folder, clock=self.clock)
+        self.server = StoreServer(self.store, token=TOKEN, port=port)
 
     def close(self) -> None:
         for client in self.clients:
@@ -309,6 +316,36 @@ def test_closing_the_store_tells_those_who_wait(served: Served) -> None:
 
     waiter.join(30.0)
     assert errors == [Closed]
+
+
+def test_a_store_that_is_started_again_goes_on_with_its_leases(served: Served) -> None:
+    """Workers live on while the broker is another process: what they hold is theirs, and a late one is still late."""
+    client = served.connect()
+    client.admit(prompts(2), put=PutId(producer="p", sequence=1), timeout=0.0)
+    first, second = take(client, "rollout", 1), take(client, "rollout", 1)
+    served.restart()
+
+    again = served.connect()
+    assert again.admit(prompts(2), put=PutId(producer="p", sequence=1), timeout=0.0) == (0, 1)
+    again.ack(first.lease_id, ids(first), responses(ids(first)))
+    served.clock.advance(RESTART_GRACE + 1.0)
+    with pytest.raises(LeaseLost):
+        again.ack(second.lease_id, ids(second), responses(ids(second)))
+
+    counts = again.counts()
+    assert (counts.admitted, counts.states["generated"], counts.states["prompted"]) == (4, 1, 3)
+    assert counts.served == {"engine": PolicyVersion(n=0)}
+
+
+def test_clients_find_a_store_that_comes_back_at_the_same_place(served: Served) -> None:
+    client = served.connect(patience=30.0)
+    client.admit(prompts(1), timeout=0.0)
+    lease = take(client, "rollout")
+
+    served.restart(port=served.server.port)
+
+    client.ack(lease.lease_id, ids(lease), responses(ids(lease)))
+    assert client.counts().states["generated"] == 2
 
 
 # -- any other Arrow client --------------------------------------------------------------------------------------------

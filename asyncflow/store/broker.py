@@ -105,7 +105,7 @@ class Broker:
             return self._account.allocate()
 
     def room(self, groups: int, *, timeout: float) -> bool:
-        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=0) or None, timeout))
+        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups) or None, timeout))
 
     def admit(
         self,
@@ -126,7 +126,7 @@ class Broker:
             events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
             if events == []:
                 return self.table.admitted_by(put) if put is not None else first
-            if events is None or not self._has_room(len(prompt_tokens), size=size):
+            if events is None or not self._has_bytes(size):
                 return None
             self._perform(events, size=size)
             return first
@@ -481,14 +481,17 @@ class Broker:
             shares=lease.shares,
         )
 
-    def _has_room(self, groups: int, *, size: int) -> bool:
+    def _has_room(self, groups: int) -> bool:
         self.table.check_room(groups)
+        return self._has_bytes(0) and self.table.capacity() >= groups * self.table.group_size
+
+    def _has_bytes(self, size: int) -> bool:
         most = self.table.terms.max_bytes
-        if most is not None and size > most:
+        if most is None:
+            return True
+        if size > most:
             raise StoreError(f"a put of {size} bytes is more than max_bytes {most} ever leaves: put fewer at a time")
-        if most is not None and self._account.bytes + size > most:
-            return False
-        return self.table.capacity() >= groups * self.table.group_size
+        return self._account.bytes + size <= most
 
     def _check_frame(self, frame: int) -> None:
         if frame != NONE and not self._account.knows(frame):

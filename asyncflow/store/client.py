@@ -27,6 +27,10 @@ class Place:
     offsets: np.ndarray
     """(N,) int32: the row in this frame."""
 
+    def is_as(self, other: Place) -> bool:
+        """Whether the other columns are in the very same rows."""
+        return np.array_equal(self.frames, other.frames) and np.array_equal(self.offsets, other.offsets)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grant:

@@ -447,6 +447,8 @@ class SegmentReader:
 
         Rows of few frames are views of the map, as those of `batch`; those of many frames are copied together.
         """
+        if len(frames) and (frames == frames[0]).all():
+            return gather(self.batch, columns, frames, offsets)
         unique, index = np.unique(frames, return_inverse=True)
         if len(unique) < MANY_FRAMES:
             return gather(self.batch, columns, frames, offsets)
@@ -629,10 +631,11 @@ def gather(
 def _columns(batch_of: Callable[[int], pa.RecordBatch], frame: int, columns: Columns) -> pa.RecordBatch:
     """These columns of a frame. Raises DamagedData when it does not have them in these types."""
     batch = batch_of(frame)
-    for name, kind in columns.items():
-        if batch.schema.names.count(name) != 1 or batch.schema.field(name).type != kind:
+    places = [batch.schema.get_field_index(name) for name in columns]  # −1 also for one that is there twice
+    for place, (name, kind) in zip(places, columns.items(), strict=True):
+        if place < 0 or batch.schema.field(place).type != kind:
             raise DamagedData(f"frame {frame} does not have the column {name} as {kind}", frame=frame)
-    return batch.select(list(columns))
+    return batch.select(places)
 
 
 # -- the broker's account ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import DamagedData, LedgerError, StoreError
@@ -279,11 +280,15 @@ class Store:
                 attempts=grant.attempts[held],
                 data=data,
                 deadline=grant.deadline,
-                slots=len(np.unique(groups)) * self.group_size,
+                slots=self._slots(groups),
                 oldest_trainable=grant.oldest_trainable,
                 shares=_shares_of(grant.shares, held),
             )
         return None
+
+    def _slots(self, groups: NDArray[np.int64]) -> int:
+        """For how many places of a step the groups of these rows count."""
+        return len(groups) if self.group_size == 1 else len(np.unique(groups)) * self.group_size
 
     def _gather(self, columns: Sequence[str], places: Sequence[Place]) -> pa.RecordBatch:
         found: dict[str, pa.Array] = {}

@@ -346,10 +346,15 @@ class Table:
         lines: dict[int, list[str]] = {}
         for name in names:
             lines.setdefault(self._writer_line(name), []).append(name)
-        return tuple(
-            Place(tuple(names), self.rows.frame[line, index], self.rows.offset[line, index])
-            for line, names in lines.items()
-        )
+        found: list[Place] = []
+        for line, written in lines.items():
+            place = Place(tuple(written), self.rows.frame[line, index], self.rows.offset[line, index])
+            same = next((other for other in found if place.is_as(other)), None)  # the same put has brought both
+            if same is not None:
+                found.remove(same)
+                place = Place(same.columns + place.columns, place.frames, place.offsets)
+            found.append(place)
+        return tuple(found)
 
     def columns_of(self, ids: Ids) -> tuple[str, ...]:
         """The columns that all of these samples have. Raises StoreError for samples that have ended."""
@@ -427,8 +432,7 @@ class Table:
         if put is not None and self._has_happened(put, len(prompt_tokens)):
             return []
         self.check_room(len(prompt_tokens))
-        if not all(0 <= count < 1 << 31 for count in prompt_tokens):
-            raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
+        _check_counts(prompt_tokens)
         places = len(prompt_tokens) * self.group_size
         if samples is not None:
             self._check_samples(samples, places)
@@ -447,7 +451,9 @@ class Table:
         ]
 
     def _priorities_of_new(self, priorities: Sequence[int], groups: int) -> list[Event]:
-        if len(priorities) not in (0, groups):
+        if not len(priorities):
+            return []
+        if len(priorities) != groups:
             raise StoreError(f"{groups} groups are admitted with {len(priorities)} priorities: give each group one")
         given = np.array(priorities, np.int64)
         members = self._members(np.arange(self.next_group, self.next_group + len(given)))
@@ -497,9 +503,8 @@ class Table:
                 f"of {rows} samples, {len(tokens)} numbers of tokens, {len(oldest)} oldest and {len(newest)} newest "
                 "versions are given: give one for each sample, or none"
             )
-        if not all(0 <= count < 1 << 31 for count in tokens):
-            raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
-        for first, last in zip(oldest, newest, strict=True):
+        _check_counts(tokens)
+        for first, last in set(zip(oldest, newest, strict=True)):
             if (first is None) != (last is None) or (first is not None and last is not None and not 0 <= first <= last):
                 raise StoreError(f"tokens of versions from {first} to {last} cannot be: give the oldest and the newest")
         latest = max((version for version in newest if version is not None), default=0)
@@ -1042,42 +1047,55 @@ class Table:
         return handler(self, event)
 
     def _apply_admitted(self, event: Admitted) -> set[str]:
-        size, many = self.group_size, len(event.prompt_tokens)
+        size, many, brought = self.group_size, len(event.prompt_tokens), event.samples
         ids, rows = self.rows.add(many * size), self.rows
         new = slice(rows.end - len(ids) - rows.base, rows.end - rows.base)
-        rows.columns[new] = self.schema.prompt_mask
+        # All of them are alike: what holds for one row holds for all.
+        columns = self.schema.prompt_mask | (0 if brought is None else brought.columns)
+        rows.columns[new] = columns
         rows.prompt_tokens[new] = np.repeat(event.prompt_tokens, size) if size > 1 else event.prompt_tokens
         rows.tokens[new] = rows.prompt_tokens[new]
         rows.frame[0, new] = event.frame
         self.last_frame = max(self.last_frame, event.frame)
         rows.offset[0, new] = np.repeat(np.arange(many), size) if len(ids) > 1 else 0
-        self._counts[PROMPTED] += len(ids)
+        if brought is not None:
+            self._bring(new, brought)
+        state = self._first_state(columns)
+        rows.state[new] = state
+        self._counts[state] += len(ids)
         self.groups.put(np.arange(event.first_group, event.first_group + many), there=True)
         self.next_group += many
         self.next_sample += len(ids)
         if event.put is not None:
             self.puts[event.put.producer] = event.put, event.first_group, many
-        if event.samples is not None:
-            return self._bring(ids, event.samples) | self._enqueue(ids)
-        topics = set()
-        for stage, marks in self._ready.items():  # all of them are alike
-            if not self.schema.needs[stage] & ~self.schema.prompt_mask:
+        topics = {self.schema.train.name} if state == REWARDED else set()
+        for stage, marks in self._ready.items():
+            needs, writes = self.schema.needs[stage], self.schema.writes[stage]
+            if columns & needs == needs and columns & writes != writes:
                 marks.put(ids, there=True)
                 topics.add(stage)
         return topics
 
-    def _bring(self, ids: Ids, samples: Samples) -> set[str]:
-        """New samples that were generated elsewhere."""
-        self._move(ids, Move.START_GENERATING)
-        self._move(ids, Move.GENERATE)
+    def _first_state(self, columns: int) -> int:
+        """Of a sample that is admitted with these columns, as the place in `STATES`."""
+        generated, needs = self.schema.writes[self.schema.generate.name], self.schema.needs[self.schema.train.name]
+        if columns & generated != generated:
+            return PROMPTED
+        return REWARDED if columns & needs == needs else GENERATED
+
+    def _bring(self, new: slice, samples: Samples) -> None:
+        """What somebody else has generated, of new rows."""
+        rows = self.rows
         for stage in self._writers(samples.columns):
             line = self._line[stage]
-            self.rows.times[line, ids - self.rows.base] = 1
-            self.rows.frame[line + 1, ids - self.rows.base] = samples.frame
-            self.rows.offset[line + 1, ids - self.rows.base] = np.arange(len(ids))
+            rows.times[line, new] = 1
+            rows.frame[line + 1, new] = samples.frame
+            rows.offset[line + 1, new] = np.arange(new.stop - new.start)
         self.last_frame = max(self.last_frame, samples.frame)
-        self._append(ids, samples.columns, samples.tokens, samples.oldest, samples.newest)
-        return self._complete(ids)
+        if samples.tokens:
+            rows.tokens[new] += np.array(samples.tokens, np.int32)
+        if samples.oldest:
+            rows.oldest[new], rows.newest[new] = _versions(samples.oldest), _versions(samples.newest)
 
     def _append(
         self,
@@ -1534,6 +1552,11 @@ class Table:
             table.consumed[n] = Consumed(rows[:trained], rows[trained:], masked)
             begin += trained + skipped
         return table
+
+
+def _check_counts(tokens: Sequence[int]) -> None:
+    if len(tokens) and not 0 <= min(tokens) <= max(tokens) < 1 << 31:
+        raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
 
 
 def _versions(packed: Sequence[int | None]) -> Sequence[int] | NDArray[np.int64]:
