@@ -16,12 +16,13 @@ import pyarrow.flight as fl
 import pytest
 
 from asyncflow.clock import ManualClock
-from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
+from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, UnknownFrame, Unreachable
 from asyncflow.store.client import Lease
+from asyncflow.store.data import FileFrames
 from asyncflow.store.events import PutId
 from asyncflow.store.flight import StoreServer
 from asyncflow.store.frames import HEADER_BYTES
-from asyncflow.store.remote import connect
+from asyncflow.store.remote import RemoteControl, connect
 from asyncflow.store.segments import segment_path
 from asyncflow.store.store import RESTART_GRACE, EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
@@ -251,6 +252,40 @@ def test_a_commit_whose_answer_was_lost_is_made_once(served: Served) -> None:
         client.commit(**values, version=PolicyVersion(n=1))
 
     assert client.counts().trained == 4
+
+
+def test_what_was_written_for_a_server_that_was_killed_is_written_again(client: Store, served: Served) -> None:
+    control = client._control
+    assert isinstance(control, RemoteControl)
+    real = control.allocate, control.put_frame
+    old = iter([77])  # the number of a segment that the server before this one gave out
+    control.put_frame = lambda batch: next(old, 0) << 40 or real[1](batch)  # type: ignore[method-assign]
+    if isinstance(client._data, FileFrames):
+        client._data._writer._allocate = lambda: next(old, 0) or real[0]()
+
+    assert client.admit(prompts(1), timeout=0.0) == (0,)
+    lease = take(client, "rollout")
+    client.ack(lease.lease_id, ids(lease), responses(ids(lease)))
+
+    assert (
+        take(client, "reward").data.column("response").to_pylist() == responses([0, 1]).column("response").to_pylist()
+    )
+
+
+def test_a_put_that_is_repeated_when_its_samples_have_ended_gives_the_same_answer(served: Served) -> None:
+    put, broker = PutId(producer="p", sequence=1), served.store.broker
+    values: dict[str, Any] = {"frame": served.store.append(prompts(1)), "size": 1, "put": put, "timeout": 0.0}
+    assert broker.admit([3], **values) == 0
+    served.store.drop([0, 1], reason="enough")
+    served.store._data.abandon(values["frame"])
+    served.store.settle(values["frame"])
+    served.store.sync()
+    assert not list(served.folder.glob("*.segment"))
+
+    assert broker.admit([3], **values) == 0
+
+    with pytest.raises(UnknownFrame):
+        broker.admit([3], **values | {"put": PutId(producer="p", sequence=2)})
 
 
 def test_damaged_data_cost_only_the_samples_that_they_hit(client: Store, served: Served) -> None:

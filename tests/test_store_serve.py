@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -65,7 +66,8 @@ def test_a_store_is_made_served_and_stopped_in_order(start: Callable[..., StoreP
     code, out, err = server.stop()
 
     assert (code, out, err) == (0, "", "")
-    assert not (server.home / ADDRESS).exists()
+    with pytest.raises(Unreachable, match="nobody serves"):
+        address_of(server.home)
     with pytest.raises((Closed, Unreachable)):
         connect(server.location, token="any", patience=0.1)
     client.close()
@@ -90,6 +92,21 @@ def test_a_server_that_was_killed_is_started_again_with_its_leases(start: Callab
     assert client.counts().states["generated"] == 8
     assert server.token == token
     client.close()
+
+
+def test_a_server_takes_its_earlier_port_so_that_clients_who_wait_find_it(start: Callable[..., StoreProcess]) -> None:
+    first = start()
+    client = first.connect()
+    first.kill()
+
+    second = start()
+
+    assert second.location == first.location
+    assert client.counts().admitted == 0
+    client.close()
+    second.kill()
+    with socket.create_server(("127.0.0.1", int(first.location.rpartition(":")[2]))):
+        assert start().location != first.location
 
 
 def test_the_token_is_for_its_owner_only_and_is_never_shown(start: Callable[..., StoreProcess]) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncflow.errors import UserError
+
+if TYPE_CHECKING:
+    from asyncflow.store.flight import StoreServer
+    from asyncflow.store.home import Address
+    from asyncflow.store.store import EmbeddedStore
 
 store_app = typer.Typer(
     help="Serve a store (transfer queue) to other processes; look at one, check it, and put things right in it.",
@@ -61,7 +67,6 @@ def serve(
 
     import pyarrow as pa
 
-    from asyncflow.store.flight import StoreServer
     from asyncflow.store.home import Address, Home
     from asyncflow.store.spec import load_spec
 
@@ -81,7 +86,7 @@ def serve(
         token = home.token(token_file)
         store = home.open_store(wanted, durability.value)
         try:
-            server = StoreServer(store, token=token, host=host, port=port, tls=tls)
+            server = _serve(store, home.earlier, token=token, host=host, port=port, tls=tls)
         except (OSError, ValueError, pa.ArrowException) as error:
             store.close()
             raise UserError(f"nobody can listen on {listen} ({error}): choose another address or port") from None
@@ -99,6 +104,18 @@ def serve(
             ended.wait()
         finally:
             server.close()
+
+
+def _serve(store: EmbeddedStore, earlier: Address | None, *, host: str, port: int, **options: Any) -> StoreServer:
+    """At the port of the earlier server if any will do, so that its clients find this one."""
+    import pyarrow as pa
+
+    from asyncflow.store.flight import StoreServer
+
+    if port == 0 and earlier is not None:
+        with suppress(OSError, ValueError, pa.ArrowException):
+            return StoreServer(store, host=host, port=int(earlier.location.rpartition(":")[2]), **options)
+    return StoreServer(store, host=host, port=port, **options)
 
 
 def _listen(text: str) -> tuple[str, int]:

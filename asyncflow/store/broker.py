@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, LedgerError, StoreError
+from asyncflow.errors import Closed, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
 from asyncflow.store.client import Counts, Grant, Place, Waited
 from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
@@ -120,12 +120,13 @@ class Broker:
         alive: Callable[[], bool] = _always,
     ) -> int | None:
         def attempt(_now: float, _last: bool) -> int | None:
-            for named in (frame, *(() if samples is None else (samples.frame,))):
-                self._check_frame(named)
             first = self.table.next_group
             events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
             if events == []:
                 return self.table.admitted_by(put) if put is not None else first
+            # Not of a put that is repeated: its samples may have ended, and its segment with them.
+            for named in (frame, *(() if samples is None else (samples.frame,))):
+                self._check_frame(named)
             if events is None or not self._has_bytes(size):
                 return None
             self._perform(events, size=size)
@@ -186,10 +187,10 @@ class Broker:
         newest: Sequence[int | None] = (),
     ) -> None:
         with self._operation():
-            self._check_frame(frame)
             events = self.table.ack(
                 lease_id, sample_ids, columns=columns, frame=frame, tokens=tokens, oldest=oldest, newest=newest
             )
+            self._check_frame(frame)
             self._perform(events, size=size)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
@@ -495,7 +496,7 @@ class Broker:
 
     def _check_frame(self, frame: int) -> None:
         if frame != NONE and not self._account.knows(frame):
-            raise StoreError(f"frame {frame} is in no segment that there is: write it again")
+            raise UnknownFrame(f"frame {frame} is in no segment that there is: write it again")
 
     def _check_topic(self, topic: str) -> None:
         if topic not in self._parked:

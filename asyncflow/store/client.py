@@ -251,7 +251,7 @@ class Control(Management, Protocol):
     ) -> int | None:
         """Add one group for each prompt, as `StoreClient.admit`. Returns the first one's id.
 
-        `size`: bytes of the frames. Raises StoreError for a frame in a segment that there is not.
+        `size`: bytes of the frames. Raises UnknownFrame.
         """
 
     def lease(
@@ -281,7 +281,7 @@ class Control(Management, Protocol):
         oldest: Sequence[int | None] = (),
         newest: Sequence[int | None] = (),
     ) -> None:
-        """As `StoreClient.ack`, with the columns (a bit set) in a frame of `size` bytes."""
+        """As `StoreClient.ack`, with the columns (a bit set) in a frame of `size` bytes. Raises UnknownFrame."""
 
     def held(self, lease_id: int) -> np.ndarray:
         """Samples that a lease still holds; none when it has ended."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Final, Self
 
@@ -60,7 +59,7 @@ class Home:
         try:
             lock_for_writing(self._lock.fileno())
         except BlockingIOError:
-            pid = self._lock.read().decode(errors="replace").strip() or "that is just starting"
+            pid = self._lock.read().decode(errors="replace") or "that is just starting"
             self._lock.close()
             raise HomeError(f"{path} is served already, by process {pid}: stop that one, or use it") from None
         try:
@@ -79,11 +78,15 @@ class Home:
 
     def close(self) -> None:
         """Let others serve it. May be called twice."""
-        if not self._lock.closed:
-            (self.path / ADDRESS).unlink(missing_ok=True)
-            with suppress(OSError):
-                self._lock.truncate(0)
-            self._lock.close()
+        self._lock.close()
+
+    @property
+    def earlier(self) -> Address | None:
+        """Where the last server was: those who wait for it look there."""
+        try:
+            return msgspec.json.decode((self.path / ADDRESS).read_bytes(), type=Address)
+        except (OSError, msgspec.MsgspecError):
+            return None
 
     def open_store(self, spec: StoreSpec | None, durability: Durability) -> EmbeddedStore:
         """The store that is there, with its leases, or a new one.
@@ -143,11 +146,14 @@ def address_of(home: Path) -> Address:
     if not has_writer(home / LOCK):
         raise Unreachable(f"nobody serves {home}: start `asyncflow store serve --path {home}`")
     try:
-        return msgspec.json.decode((home / ADDRESS).read_bytes(), type=Address)
+        address = msgspec.json.decode((home / ADDRESS).read_bytes(), type=Address)
+        if (home / LOCK).read_text("ascii") == str(address.pid):
+            return address
     except FileNotFoundError:
-        raise Unreachable(f"the server of {home} is just starting: try again") from None
+        pass
     except (OSError, msgspec.MsgspecError) as error:
         raise HomeError(f"{home / ADDRESS} cannot be read ({error}): start the server again") from None
+    raise Unreachable(f"the server of {home} is just starting: try again")
 
 
 def ledger_of(home: Path) -> Path:

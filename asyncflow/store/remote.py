@@ -353,6 +353,9 @@ class RemoteFrames:
     def settle(self, frame: int) -> None:
         """The server has settled it when it was named."""
 
+    def abandon(self, frame: int) -> None:
+        """The server that is there now begins a segment of its own."""
+
     def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
         rows = self._control.get_rows(list(columns), frames, offsets).combine_chunks()
         return [rows.column(name).chunk(0) for name in columns]
