@@ -280,7 +280,7 @@ def test_a_put_that_is_repeated_when_its_samples_have_ended_gives_the_same_answe
     served.store._data.abandon(values["frame"])
     served.store.settle(values["frame"])
     served.store.sync()
-    assert not list(served.folder.glob("*.segment"))
+    wait_until(lambda: not list(served.folder.glob("*.segment")))
 
     assert broker.admit([3], **values) == 0
 
