@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import Closed, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
-from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
 from asyncflow.store.journal import Durability, Journal
 from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
 from asyncflow.store.snapshot import Snapshots
+from asyncflow.store.stat import counts_of, leases_of, staleness_of
 from asyncflow.store.table import ADMISSION, BYTES, Table
 from asyncflow.types import PolicyVersion
 
@@ -261,24 +262,18 @@ class Broker:
 
     def counts(self) -> Counts:
         with self._lock:
-            table = self.table
-            return Counts(
-                admitted=table.next_sample,
-                trained=table.ended["trained"],
-                dropped=table.dropped(),
-                quarantined=table.ended["quarantined"],
-                states={state.value: count for state, count in table.states.items()},
-                leased=table.leased(),
-                ready=table.ready(),
-                capacity=table.capacity(),
-                max_staleness=table.terms.max_staleness,
-                learner=table.learner,
-                served=dict(table.served),
-                oldest=table.oldest(),
-                bytes=self._account.bytes,
-                requeued=table.tally["requeued"],
-                masked=table.tally["masked"],
-                restored=table.tally["restored"],
+            return counts_of(self.table, self._account.bytes)
+
+    def stat(self) -> Stat:
+        with self._operation() as now:
+            waiting = {topic: len(parked) for topic, parked in self._parked.items() if parked}
+            return Stat(
+                counts=counts_of(self.table, self._account.bytes),
+                staleness=staleness_of(self.table),
+                leases=leases_of(self.table, now),
+                segments=self._account.segments,
+                waiting=waiting,
+                awaited={topic: self.awaited(topic) for topic in waiting},
             )
 
     def waited_for(self) -> tuple[Waited, ...]:

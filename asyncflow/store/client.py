@@ -141,6 +141,34 @@ class Waited:
     """Who has it; None: it waits to be taken."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldLease:
+    """A lease, for those who look on."""
+
+    lease_id: int
+    stage: str
+    worker: str
+    samples: int
+    """That it still holds."""
+    seconds: float | None
+    """Until it ends; None: not known, since nobody serves the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stat:
+    """What a store looks like at one moment, for those who look on."""
+
+    counts: Counts
+    staleness: Mapping[int, int]
+    """Staleness in policy versions, were they trained now → open samples with tokens."""
+    leases: tuple[HeldLease, ...]
+    segments: int
+    waiting: Mapping[str, int]
+    """Stage, or `admission` → calls that wait, where there are some."""
+    awaited: Mapping[str, str]
+    """… → what they wait for (`Management.awaited`)."""
+
+
 class Management(Protocol):
     """What the two interfaces have in common.
 
@@ -223,6 +251,9 @@ class Management(Protocol):
 
     def counts(self) -> Counts:
         """The account, at one moment."""
+
+    def stat(self) -> Stat:
+        """The account with all that people want to know besides. It costs more than `counts`."""
 
     def close(self) -> None:
         """Embedded: wake all waiters with Closed; what is in the store stays in the ledger. Over a wire: leave. May be

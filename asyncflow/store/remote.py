@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
 from asyncflow.store import wire
-from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import PutId, Samples
 from asyncflow.store.schema import Schema
@@ -263,6 +263,10 @@ class RemoteControl:
     def counts(self) -> Counts:
         counts: Counts = self._call("counts", wire.GetCounts())
         return counts
+
+    def stat(self) -> Stat:
+        stat: Stat = self._call("stat", wire.GetStat())
+        return stat
 
     def close(self) -> None:
         with self._lock:

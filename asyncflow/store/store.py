@@ -24,7 +24,7 @@ from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import DamagedData, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
 from asyncflow.store.broker import Broker
-from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Waited
+from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Stat, Waited
 from asyncflow.store.columns import about_tokens, conform, prompt_tokens, same_lengths
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import Committed, Opened, PutId, Samples
@@ -119,6 +119,9 @@ class Store:
 
     def counts(self) -> Counts:
         return self._control.counts()
+
+    def stat(self) -> Stat:
+        return self._control.stat()
 
     def close(self) -> None:
         self._control.close()
