@@ -334,6 +334,21 @@ def test_a_store_that_is_not_there_is_named(served: Served) -> None:
         connect("nonsense", token=TOKEN)
 
 
+def test_a_call_that_has_waited_longer_than_its_patience_still_waits_for_the_next_server(served: Served) -> None:
+    control, tries = served.connect(patience=0.2)._control, 0
+    assert isinstance(control, RemoteControl)
+
+    def call(_: fl.FlightClient) -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            threading.Event().wait(0.3)  # parked, until the server dies
+            raise fl.FlightUnavailableError("killed")
+        return "answered"
+
+    assert control._try(call) == "answered"
+
+
 def test_closing_the_store_tells_those_who_wait(served: Served) -> None:
     client, errors = served.connect(), []
 

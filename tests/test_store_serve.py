@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 import sqlite3
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from asyncflow.store.remote import connect
 from asyncflow.store.schema import Schema
 from asyncflow.store.spec import StoreSpec, arrow_type, load_spec
 from asyncflow.types import PolicyVersion
+from tests.processes import wait_until
 from tests.store_server import COMMAND, StoreProcess, command
 from tests.test_flight import self_signed
 from tests.test_store import ids, prompts, responses
@@ -107,6 +111,27 @@ def test_a_server_takes_its_earlier_port_so_that_clients_who_wait_find_it(start:
     second.kill()
     with socket.create_server(("127.0.0.1", int(first.location.rpartition(":")[2]))):
         assert start().location != first.location
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["near", "far"])
+def test_a_put_during_an_outage_is_answered_when_the_server_is_back(
+    start: Callable[..., StoreProcess], local: bool
+) -> None:
+    server = start()
+    client = server.connect(local=local)
+    client.serve("engine", PolicyVersion(n=0))
+    client.admit(prompts(1), timeout=0.0)
+    server.kill()
+    found: list[tuple[int, ...] | None] = []
+    putting = threading.Thread(target=lambda: found.append(client.admit(prompts(1), timeout=0.0)))
+    putting.start()
+    wait_until(lambda: client._control._tries > 2)  # type: ignore[attr-defined]
+
+    server.start()
+
+    putting.join(30.0)
+    assert found == [(1,)]
+    client.close()
 
 
 def test_the_token_is_for_its_owner_only_and_is_never_shown(start: Callable[..., StoreProcess]) -> None:
@@ -366,3 +391,50 @@ def test_the_address_is_for_programs(start: Callable[..., StoreProcess]) -> None
     assert address["location"] == server.location
     assert address["pid"] == server.process.pid
     assert Path(address["token_file"]).read_text() == server.token
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "store.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+
+
+def test_the_example_for_any_arrow_client_works_as_it_is(tmp_path: Path, start: Callable[..., StoreProcess]) -> None:
+    server = start(home=tmp_path / "my-store")
+    (code,) = [block for block in blocks("python") if "import pyarrow.flight" in block]
+    assert "asyncflow" not in code
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["groups [0, 1]", "groups [2]"]
+    assert "rollout needs ['prompt_ids'] and could take 16" in done.stdout
+    assert "'response': '6', 'reward': 1.0" in done.stdout
+    client = server.connect()
+    assert client.counts().states["rewarded"] == 8
+    client.close()
+
+
+def test_the_example_of_a_spec_is_one(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    file = tmp_path / "spec.yaml"
+    file.write_text(text)
+
+    spec = load_spec(file)
+
+    assert set(spec.model_fields_set) == set(StoreSpec.model_fields) - {"token_columns"}
+    assert {name for name in StoreSpec.model_fields if name not in ("columns", "stages")} >= {"max_rows", "max_bytes"}
+    defaults = StoreSpec()
+    for name in ("train_batch_size", "num_generations", "max_staleness", "late_samples", "max_attempts", "resumable"):
+        assert getattr(spec, name) == getattr(defaults, name)
+
+
+def test_every_command_is_in_the_document() -> None:
+    listed = re.findall(r"^ *│ (\w+) ", command("--help").stdout, re.MULTILINE)
+
+    assert {"serve", "stat", "trace"} <= set(listed)
+    for name in listed:
+        assert f"`{name} " in DOCUMENT.read_text() or f"store {name}" in DOCUMENT.read_text(), name

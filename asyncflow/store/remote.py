@@ -306,8 +306,9 @@ class RemoteControl:
         return self._try(call)
 
     def _try(self, call: Callable[[fl.FlightClient], T]) -> T:
-        """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time."""
-        deadline = time.monotonic() + self._patience
+        """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time, counted
+        from the first try that failed: a call that has waited long already is as patient as any other."""
+        deadline: float | None = None
         while True:
             if self._closed:
                 raise Closed("this client of the store is closed")
@@ -319,7 +320,9 @@ class RemoteControl:
             except fl.FlightUnauthenticatedError:
                 raise StoreError(f"{self.location} refuses the token: use that of its server") from None
             except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
-                if time.monotonic() >= deadline:
+                now = time.monotonic()
+                deadline = now + self._patience if deadline is None else deadline
+                if now >= deadline:
                     raise Unreachable(
                         f"the store at {self.location} does not answer ({error}): see that it runs"
                     ) from None
