@@ -39,7 +39,7 @@ stages:
 - {{name: judge, role: score, needs: [key, response_ids], writes: [score]}}
 - {{name: learn, role: train, needs: [key, response_ids, token_versions, score]}}
 """
-TTL = 2.0
+TTL = 1.0
 """Seconds that a lease lives; whatever is done with one takes milliseconds."""
 PRODUCERS = 1 << 32
 """Key of a prompt: number of its producer · this + its number there."""
