@@ -15,6 +15,7 @@ AsyncFlowError
 │   ├── IllegalTransition   a move that the life of a sample does not allow
 │   ├── StalenessViolation  a commit with a row older than `max_staleness`
 │   ├── LedgerError         a ledger that is missing, newer than this program, not consistent, or cannot be written
+│   ├── UnknownFrame        a frame in a segment that the store does not know (any more): it is to be written again
 │   ├── DamagedData         bytes of a sample that are not what was written
 │   └── Unreachable         a store that does not answer
 ├── EngineError             an engine failed or does not do what it declared
@@ -91,6 +92,10 @@ class StalenessViolation(StoreError):
 
 class LedgerError(StoreError):
     """A ledger that is missing, newer than this program, not consistent, or cannot be written."""
+
+
+class UnknownFrame(StoreError):
+    """A frame in a segment that the store does not know (any more): it is to be written again."""
 
 
 class DamagedData(StoreError):

@@ -16,12 +16,13 @@ import pyarrow.flight as fl
 import pytest
 
 from asyncflow.clock import ManualClock
-from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
+from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, UnknownFrame, Unreachable
 from asyncflow.store.client import Lease
+from asyncflow.store.data import FileFrames
 from asyncflow.store.events import PutId
 from asyncflow.store.flight import StoreServer
 from asyncflow.store.frames import HEADER_BYTES
-from asyncflow.store.remote import connect
+from asyncflow.store.remote import RemoteControl, connect
 from asyncflow.store.segments import segment_path
 from asyncflow.store.store import RESTART_GRACE, EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
@@ -253,6 +254,40 @@ def test_a_commit_whose_answer_was_lost_is_made_once(served: Served) -> None:
     assert client.counts().trained == 4
 
 
+def test_what_was_written_for_a_server_that_was_killed_is_written_again(client: Store, served: Served) -> None:
+    control = client._control
+    assert isinstance(control, RemoteControl)
+    real = control.allocate, control.put_frame
+    old = iter([77])  # the number of a segment that the server before this one gave out
+    control.put_frame = lambda batch: next(old, 0) << 40 or real[1](batch)  # type: ignore[method-assign]
+    if isinstance(client._data, FileFrames):
+        client._data._writer._allocate = lambda: next(old, 0) or real[0]()
+
+    assert client.admit(prompts(1), timeout=0.0) == (0,)
+    lease = take(client, "rollout")
+    client.ack(lease.lease_id, ids(lease), responses(ids(lease)))
+
+    assert (
+        take(client, "reward").data.column("response").to_pylist() == responses([0, 1]).column("response").to_pylist()
+    )
+
+
+def test_a_put_that_is_repeated_when_its_samples_have_ended_gives_the_same_answer(served: Served) -> None:
+    put, broker = PutId(producer="p", sequence=1), served.store.broker
+    values: dict[str, Any] = {"frame": served.store.append(prompts(1)), "size": 1, "put": put, "timeout": 0.0}
+    assert broker.admit([3], **values) == 0
+    served.store.drop([0, 1], reason="enough")
+    served.store._data.abandon(values["frame"])
+    served.store.settle(values["frame"])
+    served.store.sync()
+    wait_until(lambda: not list(served.folder.glob("*.segment")))
+
+    assert broker.admit([3], **values) == 0
+
+    with pytest.raises(UnknownFrame):
+        broker.admit([3], **values | {"put": PutId(producer="p", sequence=2)})
+
+
 def test_damaged_data_cost_only_the_samples_that_they_hit(client: Store, served: Served) -> None:
     frames: list[int] = []
     for _ in range(2):
@@ -297,6 +332,21 @@ def test_a_store_that_is_not_there_is_named(served: Served) -> None:
         connect(served.server.location, token=TOKEN, patience=0.2)
     with pytest.raises(StoreError, match="is no Flight location"):
         connect("nonsense", token=TOKEN)
+
+
+def test_a_call_that_has_waited_longer_than_its_patience_still_waits_for_the_next_server(served: Served) -> None:
+    control, tries = served.connect(patience=0.2)._control, 0
+    assert isinstance(control, RemoteControl)
+
+    def call(_: fl.FlightClient) -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            threading.Event().wait(0.3)  # parked, until the server dies
+            raise fl.FlightUnavailableError("killed")
+        return "answered"
+
+    assert control._try(call) == "answered"
 
 
 def test_closing_the_store_tells_those_who_wait(served: Served) -> None:

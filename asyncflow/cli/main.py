@@ -1,4 +1,5 @@
-"""`asyncflow`: start a run and go on with one; watch, steer, audit, replay, report and export it; doctor, bench, serve.
+"""`asyncflow`: start a run and go on with one; watch, steer, audit, replay, report and export it; doctor, bench, serve;
+`asyncflow store`: the transfer queue by itself.
 
 Exit codes: 0 done; 1 the run failed, or the audit found a violation; 2 the user can fix it; 130 interrupted.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asyncflow.cli.store import store_app
 from asyncflow.errors import AsyncFlowError, ControlError, StoreError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(store_app, name="store")
 
 EXIT = {"finished": 0, "failed": 1, "stopped": 130}
 

@@ -22,14 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, LedgerError, StoreError
+from asyncflow.errors import Closed, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
-from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
 from asyncflow.store.journal import Durability, Journal
 from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
 from asyncflow.store.snapshot import Snapshots
+from asyncflow.store.stat import counts_of, leases_of, staleness_of
 from asyncflow.store.table import ADMISSION, BYTES, Table
 from asyncflow.types import PolicyVersion
 
@@ -122,12 +123,13 @@ class Broker:
         alive: Callable[[], bool] = _always,
     ) -> int | None:
         def attempt(_now: float, _last: bool) -> int | None:
-            for named in (frame, *(() if samples is None else (samples.frame,))):
-                self._check_frame(named)
             first = self.table.next_group
             events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
             if events == []:
                 return self.table.admitted_by(put) if put is not None else first
+            # Not of a put that is repeated: its samples may have ended, and its segment with them.
+            for named in (frame, *(() if samples is None else (samples.frame,))):
+                self._check_frame(named)
             if events is None or not self._has_bytes(size):
                 return None
             self._perform(events, size=size)
@@ -188,10 +190,10 @@ class Broker:
         newest: Sequence[int | None] = (),
     ) -> None:
         with self._operation():
-            self._check_frame(frame)
             events = self.table.ack(
                 lease_id, sample_ids, columns=columns, frame=frame, tokens=tokens, oldest=oldest, newest=newest
             )
+            self._check_frame(frame)
             self._perform(events, size=size)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
@@ -262,24 +264,18 @@ class Broker:
 
     def counts(self) -> Counts:
         with self._lock:
-            table = self.table
-            return Counts(
-                admitted=table.next_sample,
-                trained=table.ended["trained"],
-                dropped=table.dropped(),
-                quarantined=table.ended["quarantined"],
-                states={state.value: count for state, count in table.states.items()},
-                leased=table.leased(),
-                ready=table.ready(),
-                capacity=table.capacity(),
-                max_staleness=table.terms.max_staleness,
-                learner=table.learner,
-                served=dict(table.served),
-                oldest=table.oldest(),
-                bytes=self._account.bytes,
-                requeued=table.tally["requeued"],
-                masked=table.tally["masked"],
-                restored=table.tally["restored"],
+            return counts_of(self.table, self._account.bytes)
+
+    def stat(self) -> Stat:
+        with self._operation() as now:
+            waiting = {topic: len(parked) for topic, parked in self._parked.items() if parked}
+            return Stat(
+                counts=counts_of(self.table, self._account.bytes),
+                staleness=staleness_of(self.table),
+                leases=leases_of(self.table, now),
+                segments=self._account.segments,
+                waiting=waiting,
+                awaited={topic: self.awaited(topic) for topic in waiting},
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -497,7 +493,7 @@ class Broker:
 
     def _check_frame(self, frame: int) -> None:
         if frame != NONE and not self._account.knows(frame):
-            raise StoreError(f"frame {frame} is in no segment that there is: write it again")
+            raise UnknownFrame(f"frame {frame} is in no segment that there is: write it again")
 
     def _check_topic(self, topic: str) -> None:
         if topic not in self._parked:

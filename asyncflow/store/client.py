@@ -141,6 +141,34 @@ class Waited:
     """Who has it; None: it waits to be taken."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldLease:
+    """A lease, for those who look on."""
+
+    lease_id: int
+    stage: str
+    worker: str
+    samples: int
+    """That it still holds."""
+    seconds: float | None
+    """Until it ends; None: not known, since nobody serves the store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stat:
+    """What a store looks like at one moment, for those who look on."""
+
+    counts: Counts
+    staleness: Mapping[int, int]
+    """Staleness in policy versions, were they trained now → open samples with tokens."""
+    leases: tuple[HeldLease, ...]
+    segments: int
+    waiting: Mapping[str, int]
+    """Stage, or `admission` → calls that wait, where there are some."""
+    awaited: Mapping[str, str]
+    """… → what they wait for (`Management.awaited`)."""
+
+
 class Management(Protocol):
     """What the two interfaces have in common.
 
@@ -224,6 +252,9 @@ class Management(Protocol):
     def counts(self) -> Counts:
         """The account, at one moment."""
 
+    def stat(self) -> Stat:
+        """The account with all that people want to know besides. It costs more than `counts`."""
+
     def close(self) -> None:
         """Embedded: wake all waiters with Closed; what is in the store stays in the ledger. Over a wire: leave. May be
         called twice."""
@@ -251,7 +282,7 @@ class Control(Management, Protocol):
     ) -> int | None:
         """Add one group for each prompt, as `StoreClient.admit`. Returns the first one's id.
 
-        `size`: bytes of the frames. Raises StoreError for a frame in a segment that there is not.
+        `size`: bytes of the frames. Raises UnknownFrame.
         """
 
     def lease(
@@ -281,7 +312,7 @@ class Control(Management, Protocol):
         oldest: Sequence[int | None] = (),
         newest: Sequence[int | None] = (),
     ) -> None:
-        """As `StoreClient.ack`, with the columns (a bit set) in a frame of `size` bytes."""
+        """As `StoreClient.ack`, with the columns (a bit set) in a frame of `size` bytes. Raises UnknownFrame."""
 
     def held(self, lease_id: int) -> np.ndarray:
         """Samples that a lease still holds; none when it has ended."""

@@ -21,6 +21,9 @@ class Data(Protocol):
     def settle(self, frame: int) -> None:
         """The broker has been told of the frame, or never will be."""
 
+    def abandon(self, frame: int) -> None:
+        """The broker does not know the frame's segment: nothing more is to be written there."""
+
     def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
         """One array for each column, with the value at each place. Raises DamagedData."""
 
@@ -39,7 +42,7 @@ class FileFrames:
         self._writer = SegmentWriter(folder, allocate)
         self._reader = SegmentReader(folder)
         self._durable = durable
-        self.settle = self._writer.settle
+        self.settle, self.abandon = self._writer.settle, self._writer.abandon
         self.read, self.forget = self._reader.read, self._reader.forget
 
     def append(self, batch: pa.RecordBatch) -> int:

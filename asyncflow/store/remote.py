@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
 from asyncflow.store import wire
-from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import PutId, Samples
 from asyncflow.store.schema import Schema
@@ -264,6 +264,10 @@ class RemoteControl:
         counts: Counts = self._call("counts", wire.GetCounts())
         return counts
 
+    def stat(self) -> Stat:
+        stat: Stat = self._call("stat", wire.GetStat())
+        return stat
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -302,8 +306,9 @@ class RemoteControl:
         return self._try(call)
 
     def _try(self, call: Callable[[fl.FlightClient], T]) -> T:
-        """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time."""
-        deadline = time.monotonic() + self._patience
+        """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time, counted
+        from the first try that failed: a call that has waited long already is as patient as any other."""
+        deadline: float | None = None
         while True:
             if self._closed:
                 raise Closed("this client of the store is closed")
@@ -315,7 +320,9 @@ class RemoteControl:
             except fl.FlightUnauthenticatedError:
                 raise StoreError(f"{self.location} refuses the token: use that of its server") from None
             except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
-                if time.monotonic() >= deadline:
+                now = time.monotonic()
+                deadline = now + self._patience if deadline is None else deadline
+                if now >= deadline:
                     raise Unreachable(
                         f"the store at {self.location} does not answer ({error}): see that it runs"
                     ) from None
@@ -352,6 +359,9 @@ class RemoteFrames:
 
     def settle(self, frame: int) -> None:
         """The server has settled it when it was named."""
+
+    def abandon(self, frame: int) -> None:
+        """The server that is there now begins a segment of its own."""
 
     def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
         rows = self._control.get_rows(list(columns), frames, offsets).combine_chunks()

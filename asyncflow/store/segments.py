@@ -207,6 +207,13 @@ class SegmentWriter:
                 segment.open_frames.discard(frame)
                 self._release(segment)
 
+    def abandon(self, frame: int) -> None:
+        """Write nothing more into the segment of this frame: the broker that gave its number out was killed, and the
+        next one does not know of it."""
+        with self._lock:
+            if self._current is not None and self._current.number == segment_of(frame):
+                self._seal()
+
     def sync(self) -> None:
         """Make every frame so far survive a power cut. Threads that come together share one.
 
@@ -758,6 +765,9 @@ class MemoryFrames(Shelf):
 
     def settle(self, frame: int) -> None:
         self._open.discard(segment_of(frame))
+
+    def abandon(self, frame: int) -> None:
+        """Every frame has a segment of its own."""
 
     def batch(self, frame: int) -> pa.RecordBatch:
         """Raises DamagedData when it is not there."""

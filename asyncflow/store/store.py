@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Final, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import DamagedData, LedgerError, StoreError
+from asyncflow.errors import DamagedData, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
 from asyncflow.store.broker import Broker
-from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Waited
+from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Stat, Waited
 from asyncflow.store.columns import about_tokens, conform, prompt_tokens, same_lengths
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import Committed, Opened, PutId, Samples
@@ -44,6 +45,9 @@ written. Everybody waits meanwhile, and it must not raise: the step is committed
 
 RESTART_GRACE = 60.0
 """Seconds for which leases live on after a restart of the broker."""
+PUT_TRIES: Final = 8
+"""A put that names frames which the broker does not know is made so often, each time with new ones."""
+T = TypeVar("T")
 HOST_FILE = "host"
 """In the folder of the segments: who reads the same there sees the same folder."""
 
@@ -116,6 +120,9 @@ class Store:
     def counts(self) -> Counts:
         return self._control.counts()
 
+    def stat(self) -> Stat:
+        return self._control.stat()
+
     def close(self) -> None:
         self._control.close()
         self._data.close()
@@ -145,7 +152,7 @@ class Store:
             if not self._control.room(groups, timeout=timeout):
                 return None
             self._waits.clear()
-        first = self._admit(prompts, samples, put, priorities, timeout)
+        first = self._named(lambda: self._admit(prompts, samples, put, priorities, timeout))
         if first is None:
             self._waits.set()
             return None
@@ -159,8 +166,8 @@ class Store:
         priorities: Sequence[int],
         timeout: float,
     ) -> int | None:
-        frames = []
-        try:
+        frames: list[int] = []
+        with self._naming(frames):
             if samples is not None and self.group_size == 1:  # one row each: one frame for both
                 arrays, names = [*prompts.columns, *samples.columns], [*prompts.schema.names, *samples.schema.names]
                 frames.append(self._append(pa.RecordBatch.from_arrays(arrays, names=names)))
@@ -177,9 +184,6 @@ class Store:
                 priorities=priorities,
                 timeout=timeout,
             )
-        finally:
-            for frame in frames:
-                self._data.settle(frame)
 
     def _about(self, samples: pa.RecordBatch, frame: int) -> Samples:
         about = {name: tuple(values) for name, values in about_tokens(samples).items()}
@@ -221,19 +225,19 @@ class Store:
             raise StoreError(f"an ack for {len(sample_ids)} samples brings {len(columns)} rows of columns")
         if not len(sample_ids):
             return
-        frame = self._append(columns) if columns.num_columns else NONE
-        try:
+        self._named(lambda: self._ack(lease_id, sample_ids, columns))
+
+    def _ack(self, lease_id: int, sample_ids: Sequence[int], columns: pa.RecordBatch) -> None:
+        frames = [self._append(columns)] if columns.num_columns else []
+        with self._naming(frames):
             self._control.ack(
                 lease_id,
                 sample_ids,
                 columns=self.schema.mask(columns.schema.names),
-                frame=frame,
+                frame=frames[0] if frames else NONE,
                 size=columns.nbytes,
                 **about_tokens(columns),
             )
-        finally:
-            if frame != NONE:
-                self._data.settle(frame)
 
     def read(self, sample_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.RecordBatch:
         if columns is None:
@@ -241,6 +245,26 @@ class Store:
         return self._gather(columns, self._control.places(sample_ids, columns))
 
     # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _named(self, put: Callable[[], T]) -> T:
+        """What a put gives that writes frames and names them to the broker. When there is another broker meanwhile,
+        which does not know their segment, it is done again: then nothing has happened."""
+        for _ in range(PUT_TRIES - 1):
+            with suppress(UnknownFrame):
+                return put()
+        return put()
+
+    @contextmanager
+    def _naming(self, frames: Sequence[int]) -> Iterator[None]:
+        try:
+            yield
+        except UnknownFrame:
+            for frame in frames:
+                self._data.abandon(frame)
+            raise
+        finally:
+            for frame in frames:
+                self._data.settle(frame)
 
     def _append(self, columns: pa.RecordBatch) -> int:
         try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from asyncflow import errors
 from asyncflow.errors import AsyncFlowError, DamagedData, LeaseLost, StoreError
-from asyncflow.store.client import Counts, Grant, Place, Waited
+from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.events import PutId, Samples
 from asyncflow.types import PolicyVersion
 
@@ -185,6 +185,10 @@ class GetCounts(Message, frozen=True, kw_only=True):
     pass
 
 
+class GetStat(Message, frozen=True, kw_only=True):
+    pass
+
+
 CALLS: dict[str, tuple[type[Message], Any]] = {
     "hello": (Hello, Welcome),
     "allocate": (Allocate, int),
@@ -208,6 +212,7 @@ CALLS: dict[str, tuple[type[Message], Any]] = {
     "waited_for": (WaitedFor, tuple[Waited, ...]),
     "awaited": (Awaited, str),
     "counts": (GetCounts, Counts),
+    "stat": (GetStat, Stat),
 }
 """Name of a Flight action → its request and the type of its answer."""
 
