@@ -186,7 +186,8 @@ class Broker:
         newest: Sequence[int | None] = (),
     ) -> None:
         with self._operation():
-            self._check_frame(frame)
+            if frame != NONE or columns & self.table.schema.written_mask:
+                self._check_frame(frame)
             events = self.table.ack(
                 lease_id, sample_ids, columns=columns, frame=frame, tokens=tokens, oldest=oldest, newest=newest
             )
@@ -491,7 +492,7 @@ class Broker:
         return self.table.capacity() >= groups * self.table.group_size
 
     def _check_frame(self, frame: int) -> None:
-        if frame != NONE and not self._account.knows(frame):
+        if not self._account.knows(frame):
             raise StoreError(f"frame {frame} is in no segment that there is: write it again")
 
     def _check_topic(self, topic: str) -> None:

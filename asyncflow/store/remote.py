@@ -192,7 +192,9 @@ class RemoteControl:
         self._call("ack", request)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
-        request = wire.Nack(lease_id=lease_id, sample_ids=_ints(sample_ids), reason=reason, final=final)
+        request = wire.Nack(
+            lease_id=lease_id, sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON], final=final
+        )
         self._call("nack", request)
 
     def gone(self, worker: str) -> None:
@@ -223,7 +225,7 @@ class RemoteControl:
                 raise
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
-        self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason))
+        self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON]))
 
     def restore(self, sample_ids: Sequence[int]) -> None:
         self._call("restore", wire.Restore(sample_ids=_ints(sample_ids)))
@@ -296,8 +298,10 @@ class RemoteControl:
         action = fl.Action(name, wire.encode(request))
 
         def call(client: fl.FlightClient) -> Any:
-            (result,) = client.do_action(action, self._options(wait + GRACE))
-            return wire.ANSWERS[name].decode(memoryview(result.body))
+            answer, *refusal = client.do_action(action, self._options(wait + GRACE))
+            if refusal:
+                raise REFUSAL.decode(memoryview(refusal[0].body)).as_error()
+            return wire.ANSWERS[name].decode(memoryview(answer.body))
 
         return self._try(call)
 

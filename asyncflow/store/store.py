@@ -286,6 +286,8 @@ class Store:
         return None
 
     def _gather(self, columns: Sequence[str], places: Sequence[Place]) -> pa.RecordBatch:
+        if len(set(columns)) < len(columns):
+            raise StoreError("a column is asked for twice: name each once")
         found: dict[str, pa.Array] = {}
         for place in places:
             if not len(place.frames):

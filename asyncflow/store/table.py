@@ -424,6 +424,8 @@ class Table:
         that are not all of one or more stages, and for a put that a later one has passed; IllegalTransition for
         tokens of a version that no commit has made.
         """
+        if not prompt_tokens:
+            raise StoreError("an admission without prompts: name at least one")
         if put is not None and self._has_happened(put, len(prompt_tokens)):
             return []
         self.check_room(len(prompt_tokens))
