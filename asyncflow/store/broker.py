@@ -30,7 +30,7 @@ from asyncflow.store.journal import Durability, Journal
 from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
 from asyncflow.store.snapshot import Snapshots
-from asyncflow.store.table import ADMISSION, BYTES, Table
+from asyncflow.store.table import ADMISSION, BYTES, FEEDER, Table
 from asyncflow.types import PolicyVersion
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class Broker:
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
         self._parked: dict[str, list[_Parked[Any]]] = {topic: [] for topic in (ADMISSION, *table.schema.stages)}
+        self._wanted = 1, 0
+        """Groups and bytes of the last put for which there was no room."""
         self._possible: dict[str, None] = {}
         """Topics for which something may have become possible, since those who wait were looked at."""
         self._alarm = threading.Condition(self._lock)
@@ -104,8 +106,9 @@ class Broker:
         with self._operation():
             return self._account.allocate()
 
-    def room(self, groups: int, *, timeout: float) -> bool:
-        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=0) or None, timeout))
+    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
+        self._check_fits(size)
+        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=size) or None, timeout))
 
     def admit(
         self,
@@ -119,6 +122,8 @@ class Broker:
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> int | None:
+        self._check_fits(size)
+
         def attempt(_now: float, _last: bool) -> int | None:
             for named in (frame, *(() if samples is None else (samples.frame,))):
                 self._check_frame(named)
@@ -126,7 +131,7 @@ class Broker:
             events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
             if events == []:
                 return self.table.admitted_by(put) if put is not None else first
-            if events is None or not self._has_room(len(prompt_tokens), size=size):
+            if not self._has_room(len(prompt_tokens), size=size) or events is None:
                 return None
             self._perform(events, size=size)
             return first
@@ -254,10 +259,10 @@ class Broker:
     def awaited(self, topic: str) -> str:
         self._check_topic(topic)
         with self._operation():
-            most = self.table.terms.max_bytes
-            if topic == ADMISSION and most is not None and self._account.bytes >= most:
-                return BYTES
-            return self.table.awaited(topic)
+            groups, size = self._wanted
+            waits = self.table.awaited(topic, groups)
+            # Where nothing else keeps admission from going on, a stage that waits for it waits for what it waits for.
+            return BYTES if (waits == FEEDER or topic == ADMISSION) and self._too_many_bytes(size) else waits
 
     def counts(self) -> Counts:
         with self._lock:
@@ -482,14 +487,22 @@ class Broker:
             shares=lease.shares,
         )
 
-    def _has_room(self, groups: int, *, size: int) -> bool:
-        self.table.check_room(groups)
+    def _check_fits(self, size: int) -> None:
         most = self.table.terms.max_bytes
         if most is not None and size > most:
             raise StoreError(f"a put of {size} bytes is more than max_bytes {most} ever leaves: put fewer at a time")
-        if most is not None and self._account.bytes + size > most:
-            return False
-        return self.table.capacity() >= groups * self.table.group_size
+
+    def _has_room(self, groups: int, *, size: int) -> bool:
+        self.table.check_room(groups)
+        room = not self._too_many_bytes(size) and self.table.capacity() >= groups * self.table.group_size
+        self._wanted = (1, 0) if room else (groups, size)
+        return room
+
+    def _too_many_bytes(self, size: int) -> bool:
+        """Whether so many bytes more are too many. Never before there are as many samples as a step takes: with fewer
+        there would never be a step, and nothing would go."""
+        most = self.table.terms.max_bytes
+        return most is not None and self._account.bytes + max(size, 1) > most and self.table.makes_a_step
 
     def _check_frame(self, frame: int) -> None:
         if not self._account.knows(frame):

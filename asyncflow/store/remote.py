@@ -97,9 +97,9 @@ class RemoteControl:
     def allocate(self) -> int:
         return int(self._call("allocate", wire.Allocate()))
 
-    def room(self, groups: int, *, timeout: float) -> bool:
+    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
         def ask(left: float) -> bool | None:
-            return self._call("room", wire.Room(groups=groups, timeout=left), wait=left) or None
+            return self._call("room", wire.Room(groups=groups, size=size, timeout=left), wait=left) or None
 
         return bool(_in_turns(ask, timeout))
 

@@ -9,6 +9,7 @@ decided when the store is opened, and makes no difference to what happens.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -141,9 +142,12 @@ class Store:
         if not groups:
             return ()
         if self._waits.is_set():
-            if not self._control.room(groups, timeout=timeout):
+            deadline = time.monotonic() + timeout
+            size = prompts.nbytes + (0 if samples is None else samples.nbytes)
+            if not self._control.room(groups, size=size, timeout=timeout):
                 return None
             self._waits.clear()
+            timeout = max(0.0, deadline - time.monotonic())
         first = self._admit(prompts, samples, put, priorities, timeout)
         if first is None:
             self._waits.set()

@@ -77,6 +77,7 @@ class Allocate(Message, frozen=True, kw_only=True):
 
 class Room(Message, frozen=True, kw_only=True):
     groups: Count
+    size: Size = 0
     timeout: Wait
 
 
