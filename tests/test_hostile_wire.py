@@ -27,6 +27,7 @@ from asyncflow.store.flight import MAX_PLACES, MAX_PUTS, MAX_REQUEST, MAX_WAITIN
 from asyncflow.store.journal import LedgerReader
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.remote import connect
+from asyncflow.store.store import Store
 from tests.processes import wait_until
 from tests.raw_flight import RawFlight, field, flight_data, messages, path_descriptor
 from tests.served_store import ARROW_MEMORY, TOKEN, ServedStore
@@ -45,6 +46,7 @@ class Target(ServedStore):
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
         self.raw = RawFlight(self.location, TOKEN)
+        self.near: list[Store] = []
         self.arrow = fl.FlightClient(self.location)
         self.far = connect(self.location, token=TOKEN, patience=30.0, local=False)
         self.far.admit(prompts(2), timeout=0.0)
@@ -53,8 +55,14 @@ class Target(ServedStore):
 
     def __exit__(self, *error: object) -> None:
         self.raw.close()
-        self.far.close()
+        for client in (self.far, *self.near):
+            client.close()
         super().__exit__(*error)
+
+    def connect_near(self) -> Store:
+        """One that sees the segments."""
+        self.near.append(connect(self.location, token=TOKEN, patience=30.0, local=True))
+        return self.near[-1]
 
     def ledger_end(self) -> int:
         with LedgerReader(self.ledger) as reader:

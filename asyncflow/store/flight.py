@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from asyncflow.errors import AsyncFlowError, LeaseLost, StoreError, UserError
+from asyncflow.errors import AsyncFlowError, Closed, LeaseLost, StoreError, UserError
 from asyncflow.store import wire
 from asyncflow.store.frames import check_schema
 from asyncflow.store.rows import NONE
@@ -54,16 +54,20 @@ UNNAMED_FOR = 600.0
 Call = Callable[[Any, fl.ServerCallContext], Any]
 
 
-class _Token(fl.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Refuses every call without the right token."""
+class _Door(fl.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Refuses every call without the right token, and those that were meant for another store at this address."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, identity: str) -> None:
         self._expected = f"Bearer {token}".encode()
+        self._identity = identity
 
     def start_call(self, info: fl.CallInfo, headers: Mapping[str, Sequence[str]]) -> None:
         given = next(iter(headers.get("authorization", ())), "")
         if not hmac.compare_digest(str(given).encode(), self._expected):
             raise fl.FlightUnauthenticatedError("the token is missing or wrong: send `authorization: Bearer <token>`")
+        meant = next(iter(headers.get(wire.STORE_HEADER, ())), self._identity)
+        if meant != self._identity:
+            raise _refused(Closed("the store of this client has ended, and another one is in its place: connect again"))
 
 
 class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
@@ -84,7 +88,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         super().__init__(
             f"{scheme}://{host}:{port}",
             tls_certificates=None if tls is None else [tls],
-            middleware={"token": _Token(token)},
+            middleware={"door": _Door(token, _welcome(store).identity)},
         )
         self.location = f"{scheme}://{host}:{self.port}"
         self._store = store
@@ -224,23 +228,27 @@ class _Unnamed:
                 self._store.settle(frame)
 
 
+def _welcome(store: EmbeddedStore) -> wire.Welcome:
+    return wire.Welcome(
+        protocol=wire.PROTOCOL,
+        schema=store.schema.to_json(),
+        group_size=store.group_size,
+        folder=None if store.folder is None else str(store.folder.resolve()),
+        host=store.host,
+        durability=store.durability,
+    )
+
+
 def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
     """Name of each call → what it does."""
-    broker, schema = store.broker, store.schema
+    broker = store.broker
 
     def hello(request: wire.Hello, _: fl.ServerCallContext) -> wire.Welcome:
         if request.protocol != wire.PROTOCOL:
             raise StoreError(
                 f"a client speaks protocol {request.protocol}, this store {wire.PROTOCOL}: use the matching release"
             )
-        return wire.Welcome(
-            protocol=wire.PROTOCOL,
-            schema=schema.to_json(),
-            group_size=store.group_size,
-            folder=None if store.folder is None else str(store.folder),
-            host=store.host,
-            durability=store.durability,
-        )
+        return _welcome(store)
 
     def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
         values = _values(request)

@@ -9,6 +9,7 @@ call; since each call can be repeated without harm, one whose answer was lost is
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -57,14 +58,27 @@ def connect(
     welcome = control.hello()
     schema = Schema.from_json(welcome.schema)
     if local is None:
-        local = welcome.folder is not None and _sees(Path(welcome.folder), welcome.host)
+        folder = welcome.folder
+        local = folder is not None and _sees(Path(folder), welcome.host) and os.access(folder, os.W_OK | os.X_OK)
     data: Data
     if local:
-        assert welcome.folder is not None, "a store in memory has no segments that others see"
-        data = FileFrames(Path(welcome.folder), control.allocate, durable=welcome.durability == "power")
+        data = _frames_in(welcome, control)
     else:
         data = RemoteFrames(control)
     return Store(schema, welcome.group_size, control, data)
+
+
+def _frames_in(welcome: wire.Welcome, control: RemoteControl) -> FileFrames:
+    """Raises StoreError for a folder that is not the store's."""
+    if welcome.folder is None:
+        raise StoreError("the store keeps its samples in memory: connect without local")
+    folder = Path(welcome.folder)
+    try:
+        if not _sees(folder, welcome.host):
+            raise StoreError(f"{folder} is not the folder of this store on this host: connect without local")
+        return FileFrames(folder, control.allocate, durable=welcome.durability == "power")
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be used ({error}): connect without local, or see to the folder") from None
 
 
 def _sees(folder: Path, host: str) -> bool:
@@ -91,7 +105,9 @@ class RemoteControl:
         self._closed = False
 
     def hello(self) -> wire.Welcome:
+        """What is there. Every later call is for this store, and is refused when another one has taken its place."""
         welcome: wire.Welcome = self._call("hello", wire.Hello())
+        self._headers.append((wire.STORE_HEADER.encode(), welcome.identity.encode()))
         return welcome
 
     def allocate(self) -> int:

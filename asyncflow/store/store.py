@@ -310,8 +310,8 @@ class EmbeddedStore(Store):
         self.broker = broker
         self.folder = folder
         """Of the segments; None: they are in this process's memory."""
-        self.host = "" if folder is None else _host_of(folder)
-        """By which another process knows that it sees the same folder."""
+        self.host = uuid.uuid4().hex if folder is None else _host_of(folder)
+        """By which another process knows that it sees the same folder, and that it is the same store as before."""
         self._on_committed: OnCommitted | None = None
 
     @property

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+import xxhash
 from msgspec import Meta
 from numpy.typing import NDArray
 
@@ -57,6 +58,10 @@ class Hello(Message, frozen=True, kw_only=True):
     protocol: int = PROTOCOL
 
 
+STORE_HEADER = "asyncflow-store"
+"""Of every call but the first: `Welcome.identity` of the store that the caller means."""
+
+
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to `Hello`."""
 
@@ -69,6 +74,12 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     """What the file `host` in this folder holds, for who sees the same one."""
     durability: str
+
+    @property
+    def identity(self) -> str:
+        """The same as long as calls of an earlier time mean the same: the samples are the same run's."""
+        text = f"{self.protocol} {self.host} {self.group_size} {self.schema}"
+        return f"{xxhash.xxh3_64_intdigest(text.encode()):016x}"
 
 
 class Allocate(Message, frozen=True, kw_only=True):
