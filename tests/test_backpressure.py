@@ -20,8 +20,8 @@ from asyncflow.store.store import Store
 from asyncflow.types import PolicyVersion
 from tests.conftest import TINY
 from tests.processes import wait_until
-from tests.test_flight import Served, ids, take
-from tests.test_store import prompts, responses, rewards
+from tests.test_flight import Served, take
+from tests.test_store import ids, prompts, responses, rewards
 
 GROUP, BATCH = 2, 4
 """Samples of a group and of a step, as `test_store.terms` has them."""

@@ -1,5 +1,5 @@
-"""A disk that is full costs the puts that it has no room for, and nothing else; one that has failed is trusted by nobody
-any more. With a store that is served over Flight by another process, or with `fdatasync` that blocks and fails."""
+"""A disk that is full costs the puts that it has no room for, and nothing else; one that has failed is trusted by
+nobody any more. With a store that is served over Flight by another process, or with `fdatasync` that blocks and fails."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 from tests.processes import wait_until
-from tests.test_flight import ids, take
+from tests.test_flight import take
 from tests.test_hostile_wire import Target
-from tests.test_store import SCHEMA, prompts, responses, terms
+from tests.test_store import SCHEMA, ids, prompts, responses, terms
 
 LEDGER = r"ledger\.sqlite cannot be written \(disk I/O error\).*see that its disk has room"
 DATA = r"the data of a sample cannot be written \(.*\): see that their disk has room"
@@ -247,7 +247,7 @@ def test_data_that_could_not_be_synced_are_never_named_and_nothing_is_tried_agai
         power.store.admit(prompts(1), timeout=0.0)
     power.disk.fails = set()
     for _ in range(3):
-        with pytest.raises(LedgerError, match="an earlier sync has failed: .*Input/output error"):
+        with pytest.raises(LedgerError, match=r"an earlier sync has failed: .*Input/output error"):
             power.store.admit(prompts(1), timeout=0.0)
 
     assert power.disk.seen == ["data"]

@@ -60,11 +60,7 @@ def connect(
     if local is None:
         folder = welcome.folder
         local = folder is not None and _sees(Path(folder), welcome.host) and os.access(folder, os.W_OK | os.X_OK)
-    data: Data
-    if local:
-        data = _frames_in(welcome, control)
-    else:
-        data = RemoteFrames(control)
+    data: Data = _frames_in(welcome, control) if local else RemoteFrames(control)
     return Store(schema, welcome.group_size, control, data)
 
 
