@@ -151,6 +151,18 @@ class WeightsConfig(Section):
     """Published versions that stay in memory."""
 
 
+class StoreConfig(Section):
+    """Where the samples are between admission and training."""
+
+    max_rows: int | None = Field(default=None, ge=1)
+    """Samples that may be open at once; None leaves that to `max_staleness`. At least `train_batch_size`."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Bytes of samples above which no prompt is admitted. As many as one step takes are let in all the same."""
+    durability: Literal["memory", "process", "power"] | None = None
+    """What the samples survive: nothing, the death of every process, a power cut. None is `process` where there are
+    checkpoints, which need it, and `memory` elsewhere."""
+
+
 class CheckpointConfig(Section):
     """What a run that was stopped or killed can go on from."""
 
@@ -258,6 +270,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     weights: WeightsConfig = WeightsConfig()
+    store: StoreConfig = StoreConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     attestation: AttestationConfig = AttestationConfig()
 
@@ -280,6 +293,20 @@ class Config(Section):
         if self.groups_per_step % self.updates_per_step:
             raise ValueError(
                 f"updates_per_step ({self.updates_per_step}) must divide the {self.groups_per_step} groups of a step"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_fits_into_the_store(self) -> Self:
+        if self.store.max_rows is not None and self.store.max_rows < self.train_batch_size:
+            raise ValueError(
+                f"store.max_rows ({self.store.max_rows}) must be at least train_batch_size ({self.train_batch_size}), "
+                "or there would never be a step"
+            )
+        if self.store.durability == "memory" and self.checkpoint.every:
+            raise ValueError(
+                "a checkpoint needs samples that survive: set store.durability to process or power, or "
+                "checkpoint.every to 0"
             )
         return self
 

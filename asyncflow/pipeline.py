@@ -248,9 +248,14 @@ def open_store(plan: Plan, run_dir: Path) -> EmbeddedStore:
         resumable=bool(config.checkpoint.every),
         late_samples=config.late_samples,
         group_timeout=config.group_timeout,
+        max_rows=config.store.max_rows,
+        max_bytes=config.store.max_bytes,
     )
-    data = run_dir / DATA if terms.resumable else None
-    return EmbeddedStore.create(Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data)
+    durability = config.store.durability or ("process" if terms.resumable else "memory")
+    data = None if durability == "memory" else run_dir / DATA
+    return EmbeddedStore.create(
+        Schema(stages(config)), terms, ledger=run_dir / LEDGER, data=data, durability=durability
+    )
 
 
 def reopen_store(plan: Plan, run_dir: Path, step: int) -> EmbeddedStore:
@@ -259,6 +264,12 @@ def reopen_store(plan: Plan, run_dir: Path, step: int) -> EmbeddedStore:
     Raises LedgerError, IllegalTransition.
     """
     config = plan.config
-    store = EmbeddedStore.reopen(Schema(stages(config)), ledger=run_dir / LEDGER, data=run_dir / DATA, step=step)
+    store = EmbeddedStore.reopen(
+        Schema(stages(config)),
+        ledger=run_dir / LEDGER,
+        data=run_dir / DATA,
+        step=step,
+        durability=config.store.durability or "process",
+    )
     store.amend(max_staleness=config.max_staleness, last_version=config.steps)
     return store

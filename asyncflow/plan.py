@@ -214,7 +214,7 @@ def _with_checkpoints(config: Config, learner: type[LearnerEngine]) -> Config:
             f"{learner.__name__} cannot save its state, so there are no checkpoints: set checkpoint.every to 0"
         )
     if every is None:
-        every = DEFAULT_CHECKPOINT_EVERY if resumable else 0
+        every = DEFAULT_CHECKPOINT_EVERY if resumable and config.store.durability != "memory" else 0
     return _with(config, "checkpoint", every=every)
 
 

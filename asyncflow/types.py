@@ -40,6 +40,11 @@ class PolicyVersion:
     n: int
     """Publications so far; 0 is the initial model."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be packed."""
+        if not (0 <= self.n < 1 << 32 and 0 <= self.incarnation < 1 << 31):
+            raise ValueError(f"there is no policy version {self}: its numbers are at least 0 and below 2³² and 2³¹")
+
     @property
     def packed(self) -> int:
         """Both numbers in one int64, the form in which `token_versions` stores them (order is kept)."""

@@ -112,6 +112,12 @@ def test_the_minimal_configuration_is_valid() -> None:
         ({"reward": []}, "reward: name at least one reward function"),
         ({"train_batch_size": 20}, "train_batch_size (20) must be a multiple of num_generations (8)"),
         ({"updates_per_step": 3}, "updates_per_step (3) must divide the 2 groups of a step"),
+        ({"store": {"max_rows": 8}}, "store.max_rows (8) must be at least train_batch_size (16)"),
+        ({"store": {"max_bytes": 0}}, "store.max_bytes: input should be greater than or equal to 1"),
+        (
+            {"store": {"durability": "memory"}, "checkpoint": {"every": 5}},
+            "a checkpoint needs samples that survive: set store.durability to process or power",
+        ),
         ({"eval_every": 5}, "evaluation needs data.eval_size"),
         ({"data": {"train": "a", "eval": "b"}}, "evaluation needs data.eval_size"),
     ],

@@ -48,7 +48,12 @@ LIVES_IN = {
 }
 """The only files that import these packages, at any level."""
 
-UNSAFE = ("pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
+UNSAFE = ("pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle", "copyreg")
+
+
+RUNS_CODE = ("importlib", "runpy", "code", "codeop", "imp", "pkgutil")
+RUNS_CODE_CALLS = ("eval", "exec", "compile", "__import__", "np.load", "numpy.load", "torch.load", "yaml.load")
+"""In the store: names of functions that make objects of any class, or code, from bytes or names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,43 @@ def test_nothing_is_ever_pickled(imports: list[Import]) -> None:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {called}")
 
     assert not wrong
+
+
+def test_the_store_runs_nothing_that_it_reads(imports: list[Import]) -> None:
+    """Neither the store nor anything of this package that it imports has a way from bytes to code."""
+    parts = {"store"}
+    while more := {one.target for one in imports if one.part in parts and one.target} - parts:
+        parts |= more
+    files = {one.file for one in imports if one.part in parts}
+    assert "asyncflow/store/wire.py" in files
+    wrong = [str(one) for one in imports if one.file in files and one.package in (*UNSAFE, *RUNS_CODE)]
+    for file in sorted(files):
+        wrong += [
+            f"{file}:{line} calls {called}" for line, called in calls_that_run_code((ROOT / file).read_text("utf-8"))
+        ]
+
+    assert not wrong
+
+
+def calls_that_run_code(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in RUNS_CODE_CALLS or called.split(".")[-1] in ("deserialize", "register_extension_type"):
+                yield node.lineno, called
+
+
+def test_calls_that_run_code_are_seen() -> None:
+    source = "eval(x)\nexec('y')\nm = __import__('os')\npa.deserialize(b)\nnp.load(f)\nyaml.load(f)\nre.compile('x')\n"
+
+    assert [called for _, called in calls_that_run_code(source)] == [
+        "eval",
+        "exec",
+        "__import__",
+        "pa.deserialize",
+        "np.load",
+        "yaml.load",
+    ]
 
 
 @pytest.mark.parametrize("module", ["asyncflow", "asyncflow.cli.main"])

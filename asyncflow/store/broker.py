@@ -31,7 +31,7 @@ from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
 from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.stat import counts_of, leases_of, staleness_of
-from asyncflow.store.table import ADMISSION, BYTES, Table
+from asyncflow.store.table import ADMISSION, BYTES, FEEDER, Table
 from asyncflow.types import PolicyVersion
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class Broker:
         self._clock = clock or SystemClock()
         self._lock = threading.RLock()
         self._parked: dict[str, list[_Parked[Any]]] = {topic: [] for topic in (ADMISSION, *table.schema.stages)}
+        self._wanted = 1, 0
+        """Groups and bytes of the last put for which there was no room."""
         self._possible: dict[str, None] = {}
         """Topics for which something may have become possible, since those who wait were looked at."""
         self._alarm = threading.Condition(self._lock)
@@ -107,8 +109,9 @@ class Broker:
         with self._operation():
             return self._account.allocate()
 
-    def room(self, groups: int, *, timeout: float) -> bool:
-        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups) or None, timeout))
+    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
+        self._check_fits(size)
+        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=size) or None, timeout))
 
     def admit(
         self,
@@ -122,6 +125,8 @@ class Broker:
         timeout: float,
         alive: Callable[[], bool] = _always,
     ) -> int | None:
+        self._check_fits(size)
+
         def attempt(_now: float, _last: bool) -> int | None:
             first = self.table.next_group
             events = self.table.admit(prompt_tokens, frame=frame, samples=samples, put=put, priorities=priorities)
@@ -130,7 +135,7 @@ class Broker:
             # Not of a put that is repeated: its samples may have ended, and its segment with them.
             for named in (frame, *(() if samples is None else (samples.frame,))):
                 self._check_frame(named)
-            if events is None or not self._has_bytes(size):
+            if not self._has_room(len(prompt_tokens), size=size) or events is None:
                 return None
             self._perform(events, size=size)
             return first
@@ -193,7 +198,8 @@ class Broker:
             events = self.table.ack(
                 lease_id, sample_ids, columns=columns, frame=frame, tokens=tokens, oldest=oldest, newest=newest
             )
-            self._check_frame(frame)
+            if frame != NONE or columns:
+                self._check_frame(frame)
             self._perform(events, size=size)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
@@ -257,10 +263,10 @@ class Broker:
     def awaited(self, topic: str) -> str:
         self._check_topic(topic)
         with self._operation():
-            most = self.table.terms.max_bytes
-            if topic == ADMISSION and most is not None and self._account.bytes >= most:
-                return BYTES
-            return self.table.awaited(topic)
+            groups, size = self._wanted
+            waits = self.table.awaited(topic, groups)
+            # Where nothing else keeps admission from going on, a stage that waits for it waits for what it waits for.
+            return BYTES if (waits == FEEDER or topic == ADMISSION) and self._too_many_bytes(size) else waits
 
     def counts(self) -> Counts:
         with self._lock:
@@ -479,20 +485,25 @@ class Broker:
             shares=lease.shares,
         )
 
-    def _has_room(self, groups: int) -> bool:
-        self.table.check_room(groups)
-        return self._has_bytes(0) and self.table.capacity() >= groups * self.table.group_size
-
-    def _has_bytes(self, size: int) -> bool:
+    def _check_fits(self, size: int) -> None:
         most = self.table.terms.max_bytes
-        if most is None:
-            return True
-        if size > most:
+        if most is not None and size > most:
             raise StoreError(f"a put of {size} bytes is more than max_bytes {most} ever leaves: put fewer at a time")
-        return self._account.bytes + size <= most
+
+    def _has_room(self, groups: int, *, size: int) -> bool:
+        self.table.check_room(groups)
+        room = not self._too_many_bytes(size) and self.table.capacity() >= groups * self.table.group_size
+        self._wanted = (1, 0) if room else (groups, size)
+        return room
+
+    def _too_many_bytes(self, size: int) -> bool:
+        """Whether so many bytes more are too many. Never before there are as many samples as a step takes: with fewer
+        there would never be a step, and nothing would go."""
+        most = self.table.terms.max_bytes
+        return most is not None and self._account.bytes + max(size, 1) > most and self.table.makes_a_step
 
     def _check_frame(self, frame: int) -> None:
-        if frame != NONE and not self._account.knows(frame):
+        if not self._account.knows(frame):
             raise UnknownFrame(f"frame {frame} is in no segment that there is: write it again")
 
     def _check_topic(self, topic: str) -> None:

@@ -266,8 +266,9 @@ class Control(Management, Protocol):
     def allocate(self) -> int:
         """The number of a new segment for the caller to write."""
 
-    def room(self, groups: int, *, timeout: float) -> bool:
-        """Wait until so many groups could be admitted. Raises StoreError for more than there could ever be room for."""
+    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
+        """Wait until so many groups, of so many bytes, could be admitted. Raises StoreError for more than there could
+        ever be room for."""
 
     def admit(
         self,

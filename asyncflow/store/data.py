@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -37,9 +38,16 @@ class Data(Protocol):
 class FileFrames:
     """Frames in segments of this host: its own to write, all to read."""
 
-    def __init__(self, folder: Path, allocate: Callable[[], int], *, durable: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        allocate: Callable[[], int],
+        *,
+        durable: bool = False,
+        fdatasync: Callable[[int], None] = os.fdatasync,
+    ) -> None:
         """`durable`: a frame survives a power cut before its id is given. Raises OSError."""
-        self._writer = SegmentWriter(folder, allocate)
+        self._writer = SegmentWriter(folder, allocate, fdatasync=fdatasync)
         self._reader = SegmentReader(folder)
         self._durable = durable
         self.settle, self.abandon = self._writer.settle, self._writer.abandon

@@ -65,7 +65,7 @@ class Opened(Event, frozen=True, kw_only=True):
     max_rows: int | None = None
     """Open samples above which nothing is admitted."""
     max_bytes: int | None = None
-    """Bytes of needed data above which nothing is admitted."""
+    """Bytes of needed data above which nothing is admitted, once there are as many samples as a step takes."""
     late_samples: LatePolicy = "wait"
     """What happens to rows that are too old (`docs/staleness.md`)."""
     group_timeout: float | None = None

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
@@ -25,33 +25,49 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from asyncflow.errors import StoreError, UserError
+from asyncflow.errors import AsyncFlowError, Closed, LeaseLost, StoreError, UserError
 from asyncflow.store import wire
+from asyncflow.store.frames import check_schema
 from asyncflow.store.rows import NONE
+from asyncflow.store.schema import Schema
 from asyncflow.store.store import EmbeddedStore
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST = 64 << 20
-"""Bytes of one request."""
-MAX_PUT = 1 << 30
+"""Bytes of one request or ticket."""
+MAX_PLACES = 1 << 20
+"""Rows that one DoGet asks for."""
+MAX_PUT = 256 << 20
 """Bytes of the columns of one put."""
+MAX_BATCHES = 1 << 14
+"""Messages of one put."""
+MAX_PUTS = 64
+"""Puts under way at the same time; each has a thread."""
+MAX_PUT_TOGETHER = 1 << 30
+"""Bytes of all puts under way."""
+MAX_WAITING = 1024
+"""Calls that may wait at the same time; each has a thread."""
 UNNAMED_FOR = 600.0
 """Seconds after which a frame that nobody has named is given up."""
 
 Call = Callable[[Any, fl.ServerCallContext], Any]
 
 
-class _Token(fl.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Refuses every call without the right token."""
+class _Door(fl.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Refuses every call without the right token, and those that were meant for another store at this address."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, identity: str) -> None:
         self._expected = f"Bearer {token}".encode()
+        self._identity = identity
 
     def start_call(self, info: fl.CallInfo, headers: Mapping[str, Sequence[str]]) -> None:
         given = next(iter(headers.get("authorization", ())), "")
         if not hmac.compare_digest(str(given).encode(), self._expected):
             raise fl.FlightUnauthenticatedError("the token is missing or wrong: send `authorization: Bearer <token>`")
+        meant = next(iter(headers.get(wire.STORE_HEADER, ())), self._identity)
+        if meant != self._identity:
+            raise _refused(Closed("the store of this client has ended, and another one is in its place: connect again"))
 
 
 class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
@@ -72,12 +88,15 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         super().__init__(
             f"{scheme}://{host}:{port}",
             tls_certificates=None if tls is None else [tls],
-            middleware={"token": _Token(token)},
+            middleware={"door": _Door(token, _welcome(store).identity)},
         )
         self.location = f"{scheme}://{host}:{self.port}"
         self._store = store
         self._unnamed = _Unnamed(store)
         self._calls = _calls(store, self._unnamed)
+        self._waiting = _Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
+        self._puts = _Places(MAX_PUTS, "too many puts are under way", "end one first")
+        self._received = _Received()
 
     def close(self) -> None:
         """Close the store, which ends the calls that wait, and stop."""
@@ -94,22 +113,30 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         with _refusals():
             if name not in self._calls:
                 raise StoreError(f"there is no call {name!r}; the calls are {', '.join(self._calls)}")
-            if len(body) > MAX_REQUEST:
-                raise StoreError(f"a request of {len(body)} bytes is too large: {MAX_REQUEST} are allowed")
+            _check_size(body)
             as_json = bytes(body[:1]) == b"{"
             request = _decoded(wire.JSON_REQUESTS[name] if as_json else wire.REQUESTS[name], body, name)
-            answer = self._calls[name](request, context)
+            try:
+                with self._waiting.one() if getattr(request, "timeout", 0.0) > 0 else nullcontext():
+                    answer = self._calls[name](request, context)
+            except LeaseLost as error:
+                if as_json or len(error.rows) <= wire.MOST_ROWS:
+                    raise
+                return [b"", wire.encode_json(wire.Refusal.of(error))]
             return [wire.encode_json(answer) if as_json else wire.encode(answer)]
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.RecordBatchStream:
         with _refusals():
+            _check_size(ticket.ticket)
             if ticket.ticket[:1] == b"{":
                 about = _decoded(wire.SAMPLES_TICKET, ticket.ticket, "samples")
+                _check_places(len(about.samples))
                 batch = self._store.read(about.samples, about.columns)
             else:
                 rows = _decoded(wire.TICKET, ticket.ticket, "rows of frames")
+                _check_places(len(rows.frames))
                 batch = self._store.read_frames(rows.columns, rows.frames, rows.offsets)
             return fl.RecordBatchStream(pa.Table.from_batches([batch]))
 
@@ -120,8 +147,8 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         reader: fl.MetadataRecordBatchReader,
         writer: fl.FlightMetadataWriter,
     ) -> None:
-        with _refusals():
-            batch = _received(reader)
+        with _refusals(), self._puts.one(), self._received.put() as received:
+            batch = received.batch(reader, self._store.schema)
             if descriptor.path == [b"frame"]:
                 frame = self._store.append(batch)
                 self._unnamed.add(frame)
@@ -129,8 +156,10 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
                 return
             if descriptor.path not in (None, [], [b"put"]):
                 raise StoreError('data are put with the path "put", or with a command in JSON')
+            _check_size(descriptor.command or b"")
             put = _decoded(wire.PUT, descriptor.command, "put") if descriptor.command else wire.Put()
-            groups = self._put(batch, put)
+            with self._waiting.one() if put.timeout > 0 else nullcontext():
+                groups = self._put(batch, put)
             writer.write(wire.encode_json(groups))
 
     def _put(self, batch: pa.RecordBatch, put: wire.Put) -> tuple[int, ...]:
@@ -199,23 +228,27 @@ class _Unnamed:
                 self._store.settle(frame)
 
 
+def _welcome(store: EmbeddedStore) -> wire.Welcome:
+    return wire.Welcome(
+        protocol=wire.PROTOCOL,
+        schema=store.schema.to_json(),
+        group_size=store.group_size,
+        folder=None if store.folder is None else str(store.folder.resolve()),
+        host=store.host,
+        durability=store.durability,
+    )
+
+
 def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
     """Name of each call → what it does."""
-    broker, schema = store.broker, store.schema
+    broker = store.broker
 
     def hello(request: wire.Hello, _: fl.ServerCallContext) -> wire.Welcome:
         if request.protocol != wire.PROTOCOL:
             raise StoreError(
                 f"a client speaks protocol {request.protocol}, this store {wire.PROTOCOL}: use the matching release"
             )
-        return wire.Welcome(
-            protocol=wire.PROTOCOL,
-            schema=schema.to_json(),
-            group_size=store.group_size,
-            folder=None if store.folder is None else str(store.folder),
-            host=store.host,
-            durability=store.durability,
-        )
+        return _welcome(store)
 
     def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
         values = _values(request)
@@ -256,23 +289,116 @@ def _decoded(decoder: Any, data: bytes | memoryview, what: str) -> Any:
         raise StoreError(f"the request for {what} cannot be read: {error}") from None
 
 
-def _received(reader: fl.MetadataRecordBatchReader) -> pa.RecordBatch:
-    """All that a client puts, as one batch that is safe to use. Raises StoreError."""
-    batches, size = [], 0
+def _check_size(body: bytes | memoryview) -> None:
+    if len(body) > MAX_REQUEST:
+        raise StoreError(f"a request of {len(body)} bytes is too large: {MAX_REQUEST} are allowed")
+
+
+def _check_places(rows: int) -> None:
+    if rows > MAX_PLACES:
+        raise StoreError(f"{rows} rows at once are too many: ask for at most {MAX_PLACES} at a time")
+
+
+class _Places:
+    """Calls of one kind, of which there may be so many at the same time: each has a thread."""
+
+    def __init__(self, most: int, what: str, do: str) -> None:
+        self._places = threading.Semaphore(most)
+        self._refusal = f"{what}: {most} are allowed at the same time; {do}"
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises StoreError when there is no place."""
+        if not self._places.acquire(blocking=False):
+            raise StoreError(self._refusal)
+        try:
+            yield
+        finally:
+            self._places.release()
+
+
+class _Received:
+    """The bytes of all puts under way: who never ends his put keeps what he has sent in memory."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    @contextmanager
+    def put(self) -> Iterator[_Receiver]:
+        receiver = _Receiver(self)
+        try:
+            yield receiver
+        finally:
+            self.add(-receiver.size)
+
+    def add(self, size: int) -> None:
+        """Raises StoreError for more than there is room for."""
+        with self._lock:
+            if size > 0 and self._bytes + size > MAX_PUT_TOGETHER:
+                raise StoreError(
+                    f"the puts under way have {self._bytes} bytes and {MAX_PUT_TOGETHER} are allowed: try again when "
+                    "some have ended"
+                )
+            self._bytes += size
+
+
+class _Receiver:
+    """What one client puts."""
+
+    def __init__(self, together: _Received) -> None:
+        self._together = together
+        self.size = 0
+
+    def batch(self, reader: fl.MetadataRecordBatchReader, schema: Schema) -> pa.RecordBatch:
+        """All of it, as one batch that is safe to use. Raises StoreError."""
+        batches: list[pa.RecordBatch] = []
+        try:
+            # Before the first batch is read, so that what frames do not have is never decoded.
+            _check_columns(reader.schema, schema)
+            for count, chunk in enumerate(reader):
+                if count >= MAX_BATCHES:
+                    raise StoreError(f"a put may have {MAX_BATCHES} messages: put larger batches")
+                if chunk.data is None or not len(chunk.data):
+                    continue
+                chunk.data.validate(full=True)
+                self._add(chunk.data.nbytes)
+                if batches:  # a batch is views of its message, which may be much larger
+                    batches[0] = _copied(batches[0]) if len(batches) == 1 else batches[0]
+                    batches.append(_copied(chunk.data))
+                else:
+                    batches.append(chunk.data)
+            if not batches:
+                raise StoreError("a put without any rows: write a record batch")
+            return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+        except (OSError, UnicodeError) as error:  # of a stream that Flight cannot follow, and of names that are no text
+            raise StoreError(f"a put that cannot be read: {error}") from None
+        except pa.ArrowMemoryError as error:
+            raise StoreError(f"what was put does not fit into memory ({error}): put fewer samples at a time") from None
+        except pa.ArrowException as error:
+            raise StoreError(f"what was put is not valid Arrow data: {error}") from None
+
+    def _add(self, size: int) -> None:
+        if self.size + size > MAX_PUT:
+            raise StoreError(f"a put may have {MAX_PUT} bytes: put fewer samples at a time")
+        self._together.add(size)
+        self.size += size
+
+
+def _copied(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return pa.concat_batches([batch.slice(0, 0), batch])
+
+
+def _check_columns(put: pa.Schema, schema: Schema) -> None:
+    """Raises StoreError for columns that the store does not have, or that no frame has."""
+    unknown = [name for name in put.names if name not in schema.columns]
+    if unknown or not put.names:
+        named = ", ".join(name[:64] for name in unknown[:8]) or "no columns"
+        raise StoreError(f"columns do not fit: {named} not expected")
     try:
-        for chunk in reader:
-            if chunk.data is None:
-                continue
-            chunk.data.validate(full=True)
-            size += chunk.data.nbytes
-            if size > MAX_PUT:
-                raise StoreError(f"a put may have {MAX_PUT} bytes: put fewer samples at a time")
-            batches.append(chunk.data)
-        if not batches:
-            raise StoreError("a put without any rows: write a record batch")
-        return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-    except pa.ArrowException as error:
-        raise StoreError(f"what was put is not valid Arrow data: {error}") from None
+        check_schema(put)
+    except ValueError as error:
+        raise StoreError(f"columns do not fit: {error}") from None
 
 
 def _one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
@@ -291,9 +417,17 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (StoreError, UserError) as error:
-        raise fl.FlightServerError(str(error), wire.encode_json(wire.Refusal.of(error))) from None
+        raise _refused(error) from None
     except fl.FlightError:
         raise
+    except MemoryError as error:
+        raise _refused(StoreError(f"this does not fit into memory ({error}): ask for less at a time")) from None
     except Exception as error:
         logger.exception("a call has failed")
-        raise fl.FlightInternalError(f"the store has failed: {type(error).__name__}: {error}") from None
+        message = f"the store has failed: {type(error).__name__}: {error}"
+        raise fl.FlightInternalError(wire.shortened(message)) from None
+
+
+def _refused(error: AsyncFlowError) -> fl.FlightServerError:
+    refusal = wire.Refusal.of(error).shortened()
+    return fl.FlightServerError(refusal.message, wire.encode_json(refusal))

@@ -9,6 +9,7 @@ call; since each call can be repeated without harm, one whose answer was lost is
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -57,14 +58,23 @@ def connect(
     welcome = control.hello()
     schema = Schema.from_json(welcome.schema)
     if local is None:
-        local = welcome.folder is not None and _sees(Path(welcome.folder), welcome.host)
-    data: Data
-    if local:
-        assert welcome.folder is not None, "a store in memory has no segments that others see"
-        data = FileFrames(Path(welcome.folder), control.allocate, durable=welcome.durability == "power")
-    else:
-        data = RemoteFrames(control)
+        folder = welcome.folder
+        local = folder is not None and _sees(Path(folder), welcome.host) and os.access(folder, os.W_OK | os.X_OK)
+    data: Data = _frames_in(welcome, control) if local else RemoteFrames(control)
     return Store(schema, welcome.group_size, control, data)
+
+
+def _frames_in(welcome: wire.Welcome, control: RemoteControl) -> FileFrames:
+    """Raises StoreError for a folder that is not the store's."""
+    if welcome.folder is None:
+        raise StoreError("the store keeps its samples in memory: connect without local")
+    folder = Path(welcome.folder)
+    try:
+        if not _sees(folder, welcome.host):
+            raise StoreError(f"{folder} is not the folder of this store on this host: connect without local")
+        return FileFrames(folder, control.allocate, durable=welcome.durability == "power")
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be used ({error}): connect without local, or see to the folder") from None
 
 
 def _sees(folder: Path, host: str) -> bool:
@@ -91,15 +101,17 @@ class RemoteControl:
         self._closed = False
 
     def hello(self) -> wire.Welcome:
+        """What is there. Every later call is for this store, and is refused when another one has taken its place."""
         welcome: wire.Welcome = self._call("hello", wire.Hello())
+        self._headers.append((wire.STORE_HEADER.encode(), welcome.identity.encode()))
         return welcome
 
     def allocate(self) -> int:
         return int(self._call("allocate", wire.Allocate()))
 
-    def room(self, groups: int, *, timeout: float) -> bool:
+    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
         def ask(left: float) -> bool | None:
-            return self._call("room", wire.Room(groups=groups, timeout=left), wait=left) or None
+            return self._call("room", wire.Room(groups=groups, size=size, timeout=left), wait=left) or None
 
         return bool(_in_turns(ask, timeout))
 
@@ -192,7 +204,9 @@ class RemoteControl:
         self._call("ack", request)
 
     def nack(self, lease_id: int, sample_ids: Sequence[int], *, reason: str, final: bool = False) -> None:
-        request = wire.Nack(lease_id=lease_id, sample_ids=_ints(sample_ids), reason=reason, final=final)
+        request = wire.Nack(
+            lease_id=lease_id, sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON], final=final
+        )
         self._call("nack", request)
 
     def gone(self, worker: str) -> None:
@@ -223,7 +237,7 @@ class RemoteControl:
                 raise
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
-        self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason))
+        self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON]))
 
     def restore(self, sample_ids: Sequence[int]) -> None:
         self._call("restore", wire.Restore(sample_ids=_ints(sample_ids)))
@@ -300,8 +314,10 @@ class RemoteControl:
         action = fl.Action(name, wire.encode(request))
 
         def call(client: fl.FlightClient) -> Any:
-            (result,) = client.do_action(action, self._options(wait + GRACE))
-            return wire.ANSWERS[name].decode(memoryview(result.body))
+            answer, *refusal = client.do_action(action, self._options(wait + GRACE))
+            if refusal:
+                raise REFUSAL.decode(memoryview(refusal[0].body)).as_error()
+            return wire.ANSWERS[name].decode(memoryview(answer.body))
 
         return self._try(call)
 

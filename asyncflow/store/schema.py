@@ -101,6 +101,7 @@ class Schema:
         self.train = self._only("train")
         self.written = (*self.prompt_columns, *(name for stage in stages for name in stage.writes))
         """Every column that a sample has in the end, in data order."""
+        self.written_mask = self.mask(self.written)
         self._check()
 
     def to_json(self) -> str:

@@ -162,8 +162,16 @@ class _Segment:
 class SegmentWriter:
     """Appends frames to segments of its own. Thread-safe. A forked child must not use it, and keeps its locks alive."""
 
-    def __init__(self, folder: Path, allocate: Callable[[], int], *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """`allocate` gives the number of the next segment, and is called when one is needed. Raises OSError."""
+    def __init__(
+        self,
+        folder: Path,
+        allocate: Callable[[], int],
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        fdatasync: Callable[[int], None] = os.fdatasync,
+    ) -> None:
+        """`allocate` gives the number of the next segment, and is called when one is needed. `fdatasync` makes the
+        content of a descriptor durable or raises OSError: tests give another one. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._allocate = allocate
@@ -172,6 +180,7 @@ class SegmentWriter:
         self._segments: dict[int, _Segment] = {}
         self._current: _Segment | None = None
         self._encoders: OrderedDict[pa.Schema, Encoder] = OrderedDict()
+        self._fdatasync = fdatasync
         self._sync_lock = threading.Lock()
         self._unsynced: set[int] = set()
         """Segments that were written to since the last sync."""
@@ -374,7 +383,7 @@ class SegmentWriter:
             except FileNotFoundError:
                 return False
         try:
-            os.fdatasync(file)
+            self._fdatasync(file)
         finally:
             os.close(file)
         return True

@@ -9,6 +9,7 @@ decided when the store is opened, and makes no difference to what happens.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -149,9 +150,12 @@ class Store:
         if not groups:
             return ()
         if self._waits.is_set():
-            if not self._control.room(groups, timeout=timeout):
+            deadline = time.monotonic() + timeout
+            size = prompts.nbytes + (0 if samples is None else samples.nbytes)
+            if not self._control.room(groups, size=size, timeout=timeout):
                 return None
             self._waits.clear()
+            timeout = max(0.0, deadline - time.monotonic())
         first = self._named(lambda: self._admit(prompts, samples, put, priorities, timeout))
         if first is None:
             self._waits.set()
@@ -315,6 +319,8 @@ class Store:
         return len(groups) if self.group_size == 1 else len(np.unique(groups)) * self.group_size
 
     def _gather(self, columns: Sequence[str], places: Sequence[Place]) -> pa.RecordBatch:
+        if len(set(columns)) < len(columns):
+            raise StoreError("a column is asked for twice: name each once")
         found: dict[str, pa.Array] = {}
         for place in places:
             if not len(place.frames):
@@ -333,8 +339,8 @@ class EmbeddedStore(Store):
         self.broker = broker
         self.folder = folder
         """Of the segments; None: they are in this process's memory."""
-        self.host = "" if folder is None else _host_of(folder)
-        """By which another process knows that it sees the same folder."""
+        self.host = uuid.uuid4().hex if folder is None else _host_of(folder)
+        """By which another process knows that it sees the same folder, and that it is the same store as before."""
         self._on_committed: OnCommitted | None = None
 
     @property

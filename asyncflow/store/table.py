@@ -231,13 +231,14 @@ class Table:
                 f"admit at most {most // self.group_size} groups at a time"
             )
 
-    def _room(self) -> tuple[int, str]:
-        """Samples that may be admitted now, below zero when there are too many, and what sets this limit."""
+    def _room(self, groups: int = 1) -> tuple[int, str]:
+        """Samples that may be admitted now, below zero when there are too many, and what sets this limit for so many
+        groups."""
         if not self.served:
             return 0, WEIGHTS
         batch, places = self.terms.train_batch_size, self.groups.count * self.group_size
         room, limit = self.most_generated - places, BOUND
-        if room < self.group_size <= self.most_open - places:
+        if room < groups * self.group_size <= self.most_open - places:
             limit = WEIGHTS
         if self.terms.max_rows is not None and self.terms.max_rows - places < room:
             room, limit = self.terms.max_rows - places, ROWS
@@ -252,8 +253,8 @@ class Table:
         """Open samples by state."""
         return Counter({state: int(self._counts[STATES.index(state)]) for state in OPEN_STATES})
 
-    def awaited(self, topic: str) -> str:
-        """What a stage that has nothing to do, or ADMISSION that has no room, waits for.
+    def awaited(self, topic: str, groups: int = 1) -> str:
+        """What a stage that has nothing to do, or ADMISSION that has no room for so many groups, waits for.
 
         A stage (`rollout`, `reward`, …) that has yet to bring its columns; or, where no sample is on its way: FEEDER,
         BOUND, WEIGHTS or END. Of several, what most groups of the training stage's step wait for.
@@ -264,8 +265,13 @@ class Table:
                 return waits.most_common(1)[0][0]
             if self.states[State.PROMPTED] + self.states[State.GENERATING]:
                 return generate
-        room, limit = self._room()
-        return FEEDER if room >= self.group_size else limit
+        room, limit = self._room(groups)
+        return FEEDER if room >= groups * self.group_size else limit
+
+    @property
+    def makes_a_step(self) -> bool:
+        """Whether the open groups are as many as a step takes."""
+        return self.groups.count >= self.groups_per_step
 
     def _missing(self, stage: str) -> Counter[str]:
         """Groups of the training stage's step that lack columns for `stage`, by the stage that has yet to act."""
@@ -429,6 +435,8 @@ class Table:
         that are not all of one or more stages, and for a put that a later one has passed; IllegalTransition for
         tokens of a version that no commit has made.
         """
+        if not prompt_tokens:
+            raise StoreError("an admission without prompts: name at least one")
         if put is not None and self._has_happened(put, len(prompt_tokens)):
             return []
         self.check_room(len(prompt_tokens))

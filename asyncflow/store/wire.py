@@ -3,7 +3,8 @@
     request   a map of the fields below                     answer   a value, or a map of its fields
 
 Arrays travel as msgpack extension 8 (int64) or 4 (int32): the numbers, little-endian. A refusal is a Flight error whose
-extra info is the JSON of a `Refusal`. A request in JSON is answered in JSON, with plain lists for arrays. Nothing is
+extra info is the JSON of a `Refusal`; one with many rows has no room there, and comes as a second result, behind an
+empty one. A request in JSON is answered in JSON, with plain lists for arrays. Nothing is
 ever pickled.
 """
 
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+import xxhash
 from msgspec import Meta
 from numpy.typing import NDArray
 
@@ -28,6 +30,9 @@ ARRAYS: dict[int, np.dtype[Any]] = {8: np.dtype("<i8"), 4: np.dtype("<i4")}
 MAX_TIMEOUT = 60.0
 """Seconds for which one call may wait; whoever waits longer calls again."""
 
+MOST_REASON = 4096
+"""Characters of a reason; of a longer one a client sends the beginning."""
+
 assert sys.byteorder == "little", "arrays go over the wire as they are in memory"
 
 
@@ -36,6 +41,9 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Packed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Frame = Annotated[int, Meta(ge=-1, le=(1 << 63) - 1)]
 Size = Annotated[int, Meta(ge=0, lt=1 << 50)]
+Number = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Name = Annotated[str, Meta(max_length=256)]
+Reason = Annotated[str, Meta(max_length=MOST_REASON)]
 Wait = Annotated[float, Meta(ge=0, le=1e9)]
 Ttl = Annotated[float, Meta(gt=0, le=1e9)]
 
@@ -48,6 +56,10 @@ class Hello(Message, frozen=True, kw_only=True):
     """What is there?"""
 
     protocol: int = PROTOCOL
+
+
+STORE_HEADER = "asyncflow-store"
+"""Of every call but the first: `Welcome.identity` of the store that the caller means."""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +75,12 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     """What the file `host` in this folder holds, for who sees the same one."""
     durability: str
 
+    @property
+    def identity(self) -> str:
+        """The same as long as calls of an earlier time mean the same: the samples are the same run's."""
+        text = f"{self.protocol} {self.host} {self.group_size} {self.schema}"
+        return f"{xxhash.xxh3_64_intdigest(text.encode()):016x}"
+
 
 class Allocate(Message, frozen=True, kw_only=True):
     pass
@@ -70,6 +88,7 @@ class Allocate(Message, frozen=True, kw_only=True):
 
 class Room(Message, frozen=True, kw_only=True):
     groups: Count
+    size: Size = 0
     timeout: Wait
 
 
@@ -79,18 +98,18 @@ class Admit(Message, frozen=True, kw_only=True):
     size: Size
     samples: Samples | None = None
     put: PutId | None = None
-    priorities: list[int] = []
+    priorities: list[Number] = []
     timeout: Wait
 
 
 class LeaseRows(Message, frozen=True, kw_only=True):
-    stage: str
-    worker: str
+    stage: Name
+    worker: Name
     max_rows: Annotated[int, Meta(ge=1)]
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     min_rows: Annotated[int, Meta(ge=1)] = 1
     ranks: Annotated[int, Meta(ge=1, le=1 << 16)] | None = None
-    request: str | None = None
+    request: Name | None = None
     ttl: Ttl
     timeout: Wait
 
@@ -103,7 +122,7 @@ class Renew(Message, frozen=True, kw_only=True):
 class Ack(Message, frozen=True, kw_only=True):
     lease_id: Id
     sample_ids: list[Id]
-    columns: int
+    columns: Id
     frame: Frame
     size: Size
     tokens: list[Count] = []
@@ -114,12 +133,12 @@ class Ack(Message, frozen=True, kw_only=True):
 class Nack(Message, frozen=True, kw_only=True):
     lease_id: Id
     sample_ids: list[Id]
-    reason: str
+    reason: Reason
     final: bool = False
 
 
 class Gone(Message, frozen=True, kw_only=True):
-    worker: str
+    worker: Name
 
 
 class Commit(Message, frozen=True, kw_only=True):
@@ -132,7 +151,7 @@ class Commit(Message, frozen=True, kw_only=True):
 
 class Drop(Message, frozen=True, kw_only=True):
     sample_ids: list[Id]
-    reason: str
+    reason: Reason
 
 
 class Restore(Message, frozen=True, kw_only=True):
@@ -140,19 +159,19 @@ class Restore(Message, frozen=True, kw_only=True):
 
 
 class Prioritise(Message, frozen=True, kw_only=True):
-    priority: int
+    priority: Number
     samples: list[Id] = []
     groups: list[Id] = []
 
 
 class Serve(Message, frozen=True, kw_only=True):
-    engine: str
+    engine: Name
     version: PolicyVersion | None = None
 
 
 class Amend(Message, frozen=True, kw_only=True):
-    max_staleness: int | None = None
-    last_version: int | None = None
+    max_staleness: Number | None = None
+    last_version: Number | None = None
 
 
 class MarkCheckpoint(Message, frozen=True, kw_only=True):
@@ -178,7 +197,7 @@ class WaitedFor(Message, frozen=True, kw_only=True):
 
 
 class Awaited(Message, frozen=True, kw_only=True):
-    topic: str
+    topic: Name
 
 
 class GetCounts(Message, frozen=True, kw_only=True):
@@ -217,6 +236,17 @@ CALLS: dict[str, tuple[type[Message], Any]] = {
 """Name of a Flight action → its request and the type of its answer."""
 
 
+MOST_ROWS = 64
+"""Rows of a refusal that fit into the headers of an answer."""
+MOST_MESSAGE = 1000
+"""Bytes of its message."""
+
+
+def shortened(message: str) -> str:
+    data = message.encode(errors="replace")
+    return message if len(data) <= MOST_MESSAGE else f"{data[:MOST_MESSAGE].decode(errors='ignore')} …"
+
+
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """An error of the store, so that a client raises the same one."""
 
@@ -230,6 +260,11 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         rows = error.rows if isinstance(error, LeaseLost) else ()
         frame = error.frame if isinstance(error, DamagedData) else -1
         return cls(error=type(error).__name__, message=str(error), rows=rows, frame=frame)
+
+    def shortened(self) -> Refusal:
+        """As it fits into the headers of an answer, for which gRPC has 8 KiB."""
+        rows = self.rows if len(self.rows) <= MOST_ROWS else ()
+        return msgspec.structs.replace(self, message=shortened(self.message), rows=rows)
 
     def as_error(self) -> StoreError:
         match kind := getattr(errors, self.error, None):
@@ -289,7 +324,7 @@ class Put(Message, frozen=True, kw_only=True):
     """Command of a DoPut of prompts, or of finished samples, in JSON."""
 
     put: PutId | None = None
-    priorities: list[int] = []
+    priorities: list[Number] = []
     timeout: Wait = 0.0
 
 
