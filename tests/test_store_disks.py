@@ -1,5 +1,6 @@
 """A disk that is full costs the puts that it has no room for, and nothing else; one that has failed is trusted by
-nobody any more. With a store that is served over Flight by another process, or with `fdatasync` that blocks and fails."""
+nobody any more. With a store that is served over Flight by another process, or with an `fdatasync` that blocks and
+fails."""
 
 from __future__ import annotations
 
