@@ -3,7 +3,7 @@
 A compressed Arrow message of 66 kB can unpack to 2 GiB, and Flight unpacks before anybody can look at it. But what it
 unpacks to comes from Arrow's pool, and this pool can be a reserve of fixed size: then Arrow says that there is no room,
 and the call is refused. Nothing else in the process is concerned, as it would be by a limit of the system (RLIMIT_AS,
-RLIMIT_DATA), under which gRPC ends the process, and which counts the mapped segments as well. ADR 0005 has the rest.
+RLIMIT_DATA), under which gRPC ends the process, and which counts the mapped segments as well. ADR 0006 has the rest.
 """
 
 from __future__ import annotations
