@@ -288,6 +288,47 @@ def test_a_put_that_is_repeated_when_its_samples_have_ended_gives_the_same_answe
         broker.admit([3], **values | {"put": PutId(producer="p", sequence=2)})
 
 
+class Forgetful:
+    """A connection that is lost with the first answer."""
+
+    def __init__(self, client: fl.FlightClient, meanwhile: Callable[[], None]) -> None:
+        self._client = client
+        self._meanwhile = meanwhile
+
+    def do_action(self, *arguments: Any) -> Any:
+        list(self._client.do_action(*arguments))
+        self._meanwhile()
+        raise fl.FlightUnavailableError("the server was killed")
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def test_a_lease_whose_answer_was_lost_is_given_again(client: Store, served: Served) -> None:
+    client.admit(prompts(2), timeout=0.0)
+    control = client._control
+    assert isinstance(control, RemoteControl)
+    control._client = Forgetful(control._client, lambda: None)
+
+    lease = take(client, "rollout", 3)
+
+    assert (ids(lease), lease.attempts.tolist()) == ([0, 1, 2], [1, 1, 1])
+    assert list(served.store.table.leases) == [lease.lease_id]
+    assert ids(take(client, "rollout", 3)) == [3]
+
+
+def test_a_lease_that_has_ended_before_its_answer_came_is_followed_by_another(client: Store, served: Served) -> None:
+    client.admit(prompts(1), timeout=0.0)
+    control = client._control
+    assert isinstance(control, RemoteControl)
+    control._client = Forgetful(control._client, lambda: served.clock.advance(61.0))
+
+    lease = take(client, "rollout")
+
+    assert (ids(lease), lease.attempts.tolist()) == ([0, 1], [2, 2])
+    assert list(served.store.table.leases) == [lease.lease_id]
+
+
 def test_damaged_data_cost_only_the_samples_that_they_hit(client: Store, served: Served) -> None:
     frames: list[int] = []
     for _ in range(2):

@@ -95,7 +95,8 @@ class RemoteControl:
         self._lock = threading.Lock()
         self._client = self._connect()
         self._producer = uuid.uuid4().hex
-        self._puts = 0
+        self._numbers = 0
+        """Of puts and leases that this client has named."""
         self._tries = 0
         """Calls that had to be repeated."""
         self._closed = False
@@ -127,9 +128,7 @@ class RemoteControl:
         timeout: float,
     ) -> int | None:
         if put is None:  # so that it can be asked for again when the answer is lost
-            with self._lock:
-                self._puts += 1
-                put = PutId(producer=self._producer, sequence=self._puts)
+            put = PutId(producer=self._producer, sequence=self._number())
 
         def ask(left: float) -> int | None:
             request = wire.Admit(
@@ -159,6 +158,9 @@ class RemoteControl:
         ttl: float,
         timeout: float,
     ) -> Grant | None:
+        # So that a lease whose answer was lost, with the server perhaps, is not one that nobody knows of.
+        name = request or f"{self._producer}-{self._number()}"
+
         def ask(left: float) -> Grant | None:
             request_ = wire.LeaseRows(
                 stage=stage,
@@ -167,14 +169,25 @@ class RemoteControl:
                 max_tokens=max_tokens,
                 min_rows=min_rows,
                 ranks=ranks,
-                request=request,
+                request=name,
                 ttl=ttl,
                 timeout=left,
             )
             grant: Grant | None = self._call("lease", request_, wait=left)
             return grant
 
-        return _in_turns(ask, timeout)
+        while True:
+            try:
+                return _in_turns(ask, timeout)
+            except LeaseLost:
+                if request is not None:
+                    raise
+                name = f"{self._producer}-{self._number()}"  # it has ended before its answer came
+
+    def _number(self) -> int:
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         self._call("renew", wire.Renew(lease_id=lease_id, ttl=ttl))
