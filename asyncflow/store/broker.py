@@ -57,6 +57,8 @@ class _Parked(Generic[T]):
     done: threading.Event = field(default_factory=threading.Event)
     result: T | None = None
     error: BaseException | None = None
+    at_once: bool = False
+    """It was possible when he asked, so the operation that served him was his own."""
 
 
 def _always() -> bool:
@@ -383,20 +385,31 @@ class Broker:
         alive: Callable[[], bool] = _always,
     ) -> T | None:
         """What `attempt` gives, as soon as it gives something; None when time is up. Those who came before go first."""
+        parked = self._park(topic, attempt, timeout, alive)
+        if timeout > 0:
+            parked.done.wait(timeout)
+        return self._collect(topic, parked)
+
+    def _park(self, topic: str, attempt: Attempt[T], timeout: float, alive: Callable[[], bool]) -> _Parked[T]:
+        """Try, and get into line if it is not possible yet. Waits for nobody."""
+        parked = _Parked(attempt, alive)
         with self._operation() as now:
             if not self._parked[topic] and (result := attempt(now, timeout <= 0)) is not None:
-                return result
-            parked = _Parked(attempt, alive)
+                parked.result, parked.at_once = result, True
+                parked.done.set()
+                return parked
             self._parked[topic].append(parked)
             if timeout > 0:
                 self._see_to_it()
-        if timeout > 0:
-            parked.done.wait(timeout)
+        return parked
+
+    def _collect(self, topic: str, parked: _Parked[T]) -> T | None:
+        """What somebody has got by now, who waits no longer."""
         if not parked.done.is_set():
             self._leave(topic, parked)
         if parked.error is not None:
             raise parked.error
-        if self.durability == "power" and parked.result is not None:
+        if self.durability == "power" and parked.result is not None and not parked.at_once:
             self._journal.sync_to(self._journal.lsn)
         return parked.result
 
@@ -525,14 +538,18 @@ class Broker:
                 if self._closed:
                     return
             try:
-                with self._operation() as now:
-                    tidy = self._account.has_garbage and self._tidied + TIDY_EVERY <= now
-                    if tidy:
-                        self._tidied = now
-                if tidy:
-                    self.reclaim()
+                self._do_chores()
             except Closed:
                 return
             except LedgerError:
                 logger.exception("the store's housekeeping has to wait")
                 time.sleep(TIDY_EVERY)
+
+    def _do_chores(self) -> None:
+        """What is due. Raises Closed, LedgerError."""
+        with self._operation() as now:
+            tidy = self._account.has_garbage and self._tidied + TIDY_EVERY <= now
+            if tidy:
+                self._tidied = now
+        if tidy:
+            self.reclaim()

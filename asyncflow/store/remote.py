@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 from numpy.typing import NDArray
 
+from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
 from asyncflow.store import wire
 from asyncflow.store.client import Counts, Grant, Place, Waited
@@ -77,8 +78,19 @@ def _sees(folder: Path, host: str) -> bool:
 class RemoteControl:
     """`Control` over Flight; thread-safe."""
 
-    def __init__(self, location: str, *, token: str, tls_root: bytes | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        location: str,
+        *,
+        token: str,
+        tls_root: bytes | None = None,
+        patience: float = PATIENCE,
+        clock: Clock | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.location = location
+        self._clock = clock or SystemClock()
+        self._sleep = sleep
         self._tls_root = tls_root
         self._patience = patience
         self._headers = [(b"authorization", f"Bearer {token}".encode())]
@@ -101,7 +113,7 @@ class RemoteControl:
         def ask(left: float) -> bool | None:
             return self._call("room", wire.Room(groups=groups, timeout=left), wait=left) or None
 
-        return bool(_in_turns(ask, timeout))
+        return bool(self._in_turns(ask, timeout))
 
     def admit(
         self,
@@ -132,7 +144,7 @@ class RemoteControl:
             first: int | None = self._call("admit", request, wait=left)
             return first
 
-        return _in_turns(ask, timeout)
+        return self._in_turns(ask, timeout)
 
     def lease(
         self,
@@ -162,7 +174,7 @@ class RemoteControl:
             grant: Grant | None = self._call("lease", request_, wait=left)
             return grant
 
-        return _in_turns(ask, timeout)
+        return self._in_turns(ask, timeout)
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         self._call("renew", wire.Renew(lease_id=lease_id, ttl=ttl))
@@ -303,7 +315,7 @@ class RemoteControl:
 
     def _try(self, call: Callable[[fl.FlightClient], T]) -> T:
         """Call until there is an answer. Raises what the store refuses; Unreachable when there is none in time."""
-        deadline = time.monotonic() + self._patience
+        deadline = self._clock.monotonic() + self._patience
         while True:
             if self._closed:
                 raise Closed("this client of the store is closed")
@@ -315,14 +327,24 @@ class RemoteControl:
             except fl.FlightUnauthenticatedError:
                 raise StoreError(f"{self.location} refuses the token: use that of its server") from None
             except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
-                if time.monotonic() >= deadline:
+                if self._clock.monotonic() >= deadline:
                     raise Unreachable(
                         f"the store at {self.location} does not answer ({error}): see that it runs"
                     ) from None
             except pa.ArrowException as error:
                 raise StoreError(f"{self.location} has failed: {error}") from None
             self._reconnect(client)
-            time.sleep(PAUSE)
+            self._sleep(PAUSE)
+
+    def _in_turns(self, ask: Callable[[float], T | None], timeout: float) -> T | None:
+        """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died
+        does not stay for long."""
+        deadline = self._clock.monotonic() + timeout
+        while True:
+            left = min(max(0.0, deadline - self._clock.monotonic()), MAX_WAIT)
+            answer = ask(left)
+            if answer is not None or self._clock.monotonic() >= deadline:
+                return answer
 
     def _reconnect(self, broken: fl.FlightClient) -> None:
         """A new connection, unless another thread has made one: an old one would wait longer with every failure."""
@@ -362,17 +384,6 @@ class RemoteFrames:
 
     def close(self) -> None:
         """The control is closed by who has made it."""
-
-
-def _in_turns(ask: Callable[[float], T | None], timeout: float) -> T | None:
-    """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died does
-    not stay for long."""
-    deadline = time.monotonic() + timeout
-    while True:
-        left = min(max(0.0, deadline - time.monotonic()), MAX_WAIT)
-        answer = ask(left)
-        if answer is not None or time.monotonic() >= deadline:
-            return answer
 
 
 def _refusal(error: fl.FlightServerError) -> StoreError:
