@@ -99,6 +99,7 @@ class Broker:
         """When the housekeeper wakes by itself; in the past while he is at work."""
         self._tidied = -math.inf
         self._closed = False
+        self._sync_failed: LedgerError | None = None
 
     # -- Control -------------------------------------------------------------------------------------------------------
 
@@ -309,13 +310,21 @@ class Broker:
         it meanwhile.
         """
         with self._operation():
+            if self._sync_failed is not None:
+                raise LedgerError(str(self._sync_failed)) from self._sync_failed
             lsn, segments = self._journal.lsn, self._account.unsynced()
         try:
             self._shelf.sync(segments)
         except OSError as error:
-            raise LedgerError(
-                f"the data of the samples cannot be synced ({error}): see that their disk works"
-            ) from error
+            failure = LedgerError(
+                f"the data of the samples cannot be synced ({error}), so nobody knows what of them is on disk: see that "
+                "their disk works, start the machine again, and then the run"
+            )
+            with self._lock:
+                self._sync_failed = failure  # the system tells it once: the next sync would seem to work
+            raise failure from error
+        with self._lock:
+            self._account.synced(segments)
         self._journal.sync()
         self.reclaim()
         return lsn

@@ -48,8 +48,9 @@ class Book(Witness):
         """Frame → where it was named first."""
         self.prompts: dict[int, str] = {}
         """Group → what its prompt says."""
-        self.responses: dict[int, str] = {}
-        self.rewards: dict[int, str] = {}
+        self.responses: dict[int, list[str]] = {}
+        """Sample → what its responses say, of which the last one counts."""
+        self.rewards: dict[int, list[str]] = {}
         self.version = PolicyVersion(n=0)
         self.checkpoints = 0
 
@@ -85,10 +86,10 @@ class Book(Witness):
             sample.newest = None if newest is None else PolicyVersion.unpack(newest).n
             group = sample_id // self.terms.num_generations
             name = f"{self.prompts[group]}/{sample_id % self.terms.num_generations}"
-            self.responses[sample_id] = name
+            self.responses.setdefault(sample_id, []).append(name)
             if len(self.brings(event.samples.columns)) > 1:
                 sample.done.add(REWARD.name)
-                self.rewards[sample_id] = name
+                self.rewards.setdefault(sample_id, []).append(name)
             if self.scored <= sample.done:
                 sample.state = "rewarded"
 
@@ -114,9 +115,9 @@ class Book(Witness):
         super()._acked(event)
         for sample_id in event.rows:
             if stage == ROLLOUT.name:
-                self.responses[sample_id] = f"{sample_id}.{event.lease_id}"
+                self.responses.setdefault(sample_id, []).append(f"{sample_id}.{event.lease_id}")
             elif stage == REWARD.name:
-                self.rewards[sample_id] = f"{sample_id}.{event.lease_id}"
+                self.rewards.setdefault(sample_id, []).append(f"{sample_id}.{event.lease_id}")
 
     def _committed(self, event: Committed) -> None:
         super()._committed(event)

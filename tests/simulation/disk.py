@@ -213,6 +213,8 @@ class SegmentDisk(Shelf):
         self.flipped: set[int] = set()
         self.full_until = -1.0
         self.broker: Process | None = None
+        self.failed = False
+        """A sync has failed: whoever starts the store again starts the machine again before."""
 
     # Shelf
 
@@ -251,6 +253,7 @@ class SegmentDisk(Shelf):
             self.die_in("sync of segments")
             if self.world.fault("sync fails", "segments", 0.05):
                 file.lose()
+                self.failed = True
                 raise OSError(errno.EIO, "the disk is gone")
             file.sync()
         self.sync_names()
@@ -265,6 +268,7 @@ class SegmentDisk(Shelf):
     # what goes wrong
 
     def cut_power(self) -> None:
+        self.failed = False
         for number, file in list(self.files.items()):
             if not file.named and self.world.chance.random() < 0.5:
                 del self.files[number]

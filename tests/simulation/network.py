@@ -179,6 +179,7 @@ class Server:
 
     def die(self, power: bool = False) -> None:
         """The broker's process ends; with the power, everybody on the host does."""
+        power = power or self.disk.failed
         self.process.dead = True
         self.broker = None
         waiting, self.waiting = self.waiting, []
@@ -434,8 +435,8 @@ class Server:
 class Client:
     """Stands in for a `FlightClient`."""
 
-    def __init__(self, server: Server, process: Process) -> None:
-        self._server, self._process, self._world = server, process, server.world
+    def __init__(self, server: Server) -> None:
+        self._server, self._world = server, server.world
 
     def do_action(self, action: fl.Action, timeout: float) -> list[Any]:
         world, server, name = self._world, self._server, action.type
@@ -443,7 +444,6 @@ class Client:
         call = Call(name, action.body.to_pybytes(), server.calls)
         if world.fault("cut before the request", name, 0.015):
             world.sleep(world.chance.uniform(0.0, 0.5))
-            self._live()
             raise fl.FlightUnavailableError("cut")
         world.at(self._delay(), lambda: server.deliver(call))
         if world.fault("duplicate", name, 0.015):
@@ -451,14 +451,13 @@ class Client:
             world.at(world.chance.uniform(0.0, 6.0), lambda: server.deliver(twin))
         cut = world.fault("cut after the request", name, 0.015)
         if cut:
-            world.wait(lambda: call.done or call.cut or self._process.dead, world.chance.uniform(0.0, 1.5))
+            world.wait(lambda: call.done or call.cut, world.chance.uniform(0.0, 1.5))
         else:
-            world.wait(lambda: call.done or call.cut or self._process.dead, timeout)
+            world.wait(lambda: call.done or call.cut, timeout)
             world.sleep(self._delay() / 2)
         if not call.done or cut:
             # The server may notice it at once, later, or never.
             world.at(world.chance.choice([0.0, 0.5, 3.0]), lambda: setattr(call, "cancelled", True))
-        self._live()
         if cut or call.cut:
             raise fl.FlightUnavailableError("cut")
         if not call.done:
@@ -471,10 +470,6 @@ class Client:
         chance = self._world.chance
         return chance.uniform(0.0, 2.0) if chance.random() < 0.04 else chance.uniform(0.0005, 0.02)
 
-    def _live(self) -> None:
-        if self._process.dead:
-            raise Killed
-
     def close(self) -> None:
         """There is nothing to give back."""
 
@@ -482,18 +477,13 @@ class Client:
 def control_of(server: Server, process: Process) -> RemoteControl:
     """The real client of a broker, over the simulated network."""
 
-    def sleep(seconds: float) -> None:
-        server.world.sleep(seconds)
-        if process.dead:
-            raise Killed
-
     class Control(server.parts.remote):  # type: ignore[name-defined, misc]
         def _connect(self) -> Any:
-            return Client(server, process)
+            return Client(server)
 
         def _options(self, timeout: float) -> Any:
             return timeout
 
-    control = Control("sim", token="", patience=4.0, clock=server.world, sleep=sleep)
+    control = Control("sim", token="", patience=4.0, clock=server.world, sleep=server.world.sleep)
     control._producer = f"auto {process.name}"
     return control

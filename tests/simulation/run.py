@@ -53,7 +53,7 @@ def make(seed: int, parts: Parts | None = None, late_samples: LatePolicy | None 
     return world, server
 
 
-def live(seed: int, parts: Parts | None = None, *, storm: float = 25.0, calm: float = 45.0) -> tuple[World, Server]:
+def live(seed: int, parts: Parts | None = None, *, storm: float = 9.0, calm: float = 12.0) -> tuple[World, Server]:
     """So many seconds in which things go wrong, and so many in which nothing does. Raises Broken."""
     world, server = make(seed, parts)
     try:
@@ -77,17 +77,18 @@ def _live(world: World, server: Server, storm: float, calm: float) -> None:
         if not server.terms.resumable or server.broker is None or world.chance.random() < 0.5:
             continue
         # The run ends as a whole, and goes on from a checkpoint.
+        cuts = server.cuts
         world.faults["run ends", "and goes on from a checkpoint"] += 1
         for actor in actors:
             actor.killed()
         server.die()
-        server.come_back(step=learner.saved[-1])
+        server.come_back(server.cuts > cuts, step=learner.saved[-1])
     world.calm = True
     if server.broker is not None and server.journal.failed is not None:
         server.die()
-    world.sleep(calm / 3)
+    world.sleep(calm / 2)
     before = server.steps
-    world.sleep(calm * 2 / 3)
+    world.wait(lambda: server.steps > before, calm * 4)
     if server.over is None:
         server.check()
         server.check_waiting()

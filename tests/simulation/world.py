@@ -31,13 +31,16 @@ class Process:
 class Task:
     """What one process does. It runs while it has the baton."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, process: Process, work: Callable[[], None]) -> None:
+        self.process = process
         self.done: Callable[[], bool] = lambda: True
         self.deadline = 0.0
         self.error: BaseException | None = None
         self.over = False
         self._work = work
-        self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
+        self._mine, self._others = threading.Lock(), threading.Lock()
+        self._mine.acquire()
+        self._others.acquire()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -57,7 +60,7 @@ class Task:
 
     def _run(self) -> None:
         self._mine.acquire()
-        _current.task = self
+        _CURRENT.task = self
         try:
             self._work()
         except Killed:
@@ -72,7 +75,7 @@ class _Current(threading.local):
     task: Task | None = None
 
 
-_current = _Current()
+_CURRENT = _Current()
 
 
 class World:
@@ -107,17 +110,17 @@ class World:
         self._number += 1
         heapq.heappush(self._queue, (self.now + delay, self._number, call))
 
-    def spawn(self, work: Callable[[], None]) -> None:
+    def spawn(self, process: Process, work: Callable[[], None]) -> None:
         """A process that does this, from now on."""
-        self._tasks.append(Task(work))
+        self._tasks.append(Task(process, work))
 
     def wait(self, done: Callable[[], bool], timeout: float) -> None:
         """Let others go on until something is the case, or time is up."""
-        deadline, task = self.now + timeout, _current.task
+        deadline, task = self.now + timeout, _CURRENT.task
         if task is not None:
             if not done():
                 task.wait(done, deadline)
-            if self._ends:
+            if self._ends or task.process.dead:
                 raise Killed
             return
         while not done():
@@ -128,7 +131,7 @@ class World:
     def _go_on(self, deadline: float) -> bool:
         """Whatever comes next, up to a time; False when nothing does."""
         for task in self._tasks:
-            if task.done():
+            if task.process.dead or task.done():
                 self._resume(task)
                 return True
         late = min(self._tasks, key=lambda task: task.deadline, default=None)
