@@ -116,7 +116,7 @@ class SimJournal:
         if self.failed is not None:
             raise LedgerError(str(self.failed))
         self.die("before sync", 0.0008)
-        if self._world.fault("sync fails", "ledger", 0.002):
+        if self._world.fault("sync fails", "ledger", 0.004):
             self.failed = LedgerError("the ledger cannot be synced")
             self._file.hole = self._file.synced
             raise self.failed

@@ -28,6 +28,8 @@ from .book import Book, Key, key_of_request
 from .disk import LedgerFile, PowerCut, SegmentDisk, SimFrames, SimJournal
 from .world import Killed, Process, World
 
+OFTEN = 0.015
+"""How often something is wrong with a call."""
 GRACE = 20.0
 """Seconds for which leases live on after a restart."""
 
@@ -137,6 +139,8 @@ class Server:
     over: str | None = None
     """Why the run cannot go on."""
     steps: int = 0
+    after_cut: bool = False
+    """The power was cut since the last process."""
     cuts: int = 0
     """How often the power was cut."""
 
@@ -181,6 +185,7 @@ class Server:
         """The broker's process ends; with the power, everybody on the host does."""
         power = power or self.disk.failed
         self.process.dead = True
+        self.after_cut = self.after_cut or power
         self.broker = None
         waiting, self.waiting = self.waiting, []
         for call, _, _ in waiting:
@@ -194,12 +199,13 @@ class Server:
                 call_()
         else:
             self.world.note("the broker dies")
-        self.world.at(self.world.chance.uniform(0.1, 2.0), lambda: self.come_back(power))
+        self.world.at(self.world.chance.uniform(0.1, 2.0), self.come_back)
 
-    def come_back(self, power: bool = False, *, step: int | None = None) -> None:
+    def come_back(self, *, step: int | None = None) -> None:
         """Another process goes on, from what is on the disk."""
         if self.broker is not None or self.over is not None:
             return
+        power, self.after_cut = self.after_cut, False
         book = self.new_book()
         book.replays = True
         for record in self.file.records(after=1):
@@ -442,14 +448,14 @@ class Client:
         world, server, name = self._world, self._server, action.type
         server.calls += 1
         call = Call(name, action.body.to_pybytes(), server.calls)
-        if world.fault("cut before the request", name, 0.015):
+        if world.fault("cut before the request", name, OFTEN if name == "lease" else 4 * OFTEN):
             world.sleep(world.chance.uniform(0.0, 0.5))
             raise fl.FlightUnavailableError("cut")
         world.at(self._delay(), lambda: server.deliver(call))
-        if world.fault("duplicate", name, 0.015):
+        if world.fault("duplicate", name, OFTEN if name == "lease" else 4 * OFTEN):
             twin = replace(call)
             world.at(world.chance.uniform(0.0, 6.0), lambda: server.deliver(twin))
-        cut = world.fault("cut after the request", name, 0.015)
+        cut = world.fault("cut after the request", name, OFTEN if name == "lease" else 4 * OFTEN)
         if cut:
             world.wait(lambda: call.done or call.cut, world.chance.uniform(0.0, 1.5))
         else:

@@ -77,12 +77,11 @@ def _live(world: World, server: Server, storm: float, calm: float) -> None:
         if not server.terms.resumable or server.broker is None or world.chance.random() < 0.5:
             continue
         # The run ends as a whole, and goes on from a checkpoint.
-        cuts = server.cuts
         world.faults["run ends", "and goes on from a checkpoint"] += 1
         for actor in actors:
             actor.killed()
         server.die()
-        server.come_back(server.cuts > cuts, step=learner.saved[-1])
+        server.come_back(step=learner.saved[-1])
     world.calm = True
     if server.broker is not None and server.journal.failed is not None:
         server.die()

@@ -16,6 +16,9 @@ from contextlib import suppress
 import xxhash
 
 
+SEVERITY = (0.0, 0.3, 1.0, 4.0, 12.0)
+
+
 class Killed(BaseException):
     """A process is no more. No `except Exception` keeps it alive."""
 
@@ -93,6 +96,8 @@ class World:
         """What went wrong, and where it hit."""
         self.calm = False
         """From here on nothing goes wrong any more."""
+        self._often: dict[str, float] = {}
+        """Kind of fault → how often it happens in this life: some kinds never, some all the time."""
         self._history = xxhash.xxh3_64()
         self.log: list[str] = []
 
@@ -170,7 +175,9 @@ class World:
 
     def fault(self, kind: str, point: str, probability: float) -> bool:
         """Whether this goes wrong here and now."""
-        if self.calm or self.chance.random() >= probability:
+        if kind not in self._often:
+            self._often[kind] = self.chance.choice(SEVERITY)
+        if self.calm or self.chance.random() >= min(0.4, probability * self._often[kind]):
             return False
         self.faults[kind, point] += 1
         self.note(f"{kind} at {point}")
