@@ -233,6 +233,7 @@ class RemoteControl:
             # The answer to an earlier try may have been lost, and not the commit.
             if tries == self._tries or self.counts().learner != version:
                 raise
+            self.held(0)  # returns when what has happened is as safe as the store promises; counts do not wait for it
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason))

@@ -16,12 +16,12 @@ from asyncflow.store.store import Store
 from asyncflow.types import PolicyVersion
 from tests.test_table_model import JUDGE, LOOK, REWARD, ROLLOUT, TRAIN, insist
 
-from .book import number_of
+from .book import SHORTEST, number_of
 from .disk import SimFrames
 from .network import Server, control_of
 from .world import Killed, Process, World
 
-TTL = 3.0
+TTL = SHORTEST
 
 
 def batch(columns: dict[str, list[Any]]) -> pa.RecordBatch:
@@ -299,6 +299,8 @@ class Engine(Worker):
     def _load(self) -> None:
         learner = self.store.counts().learner
         if self.serves == learner:
+            if self.world.chance.random() < 0.3:  # a late copy of an earlier word may have come after the last one
+                self.store.serve(self.name, learner)
             return
         if self.serves is None or self.serves.incarnation != learner.incarnation or learner.n < self.serves.n:
             self.serves = None
@@ -324,16 +326,24 @@ class Learner(Actor):
     saved: list[int] = field(default_factory=lambda: [0])
     """Checkpoints that are complete."""
     slots: int = 0
+    knows: bool = False
 
     def begin(self) -> None:
+        self.knows = False
+        self._forget()
+
+    def _forget(self) -> None:
         self.leases, self.slots, self.version = {}, 0, None
 
     def act(self) -> None:
         chance, cuts, batch_size = self.world.chance, self.server.cuts, self.server.terms.train_batch_size
+        if not self.knows:
+            self.store.gone(self.name)  # what its last life asked for must not come after what this one does
+            self.knows = True
         if self.version is None or chance.random() < 0.1:
             version = self.store.counts().learner
             if self.version is not None and version != self.version:
-                self.begin()  # the run went on from elsewhere
+                self._forget()  # the run went on from elsewhere
             self.version = version
         lease = self.store.lease(
             TRAIN.name,
@@ -357,7 +367,7 @@ class Learner(Actor):
             self._commit(cuts)
         except StoreError:
             self.store.gone(self.name)
-            self.begin()
+            self._forget()
             raise
         if chance.random() < 0.4:
             self._checkpoint()
@@ -368,7 +378,7 @@ class Learner(Actor):
                 self.store.renew(lease_id, ttl=TTL * 3)
         except LeaseLost:
             self.store.gone(self.name)
-            self.begin()
+            self._forget()
 
     def _commit(self, cuts: int) -> None:
         assert self.version is not None
@@ -393,7 +403,7 @@ class Learner(Actor):
             masked={row: oldest for row, oldest in masked.items() if row in trained},
         )
         self.server.promise(("commit", version.packed, tuple(sorted(trained)), tuple(sorted(skipped))), cuts)
-        self.begin()
+        self._forget()
         self.version = version
 
     def _checkpoint(self) -> None:

@@ -15,7 +15,9 @@ from asyncflow.store.events import (
     Committed,
     Dropped,
     Event,
+    Leased,
     Opened,
+    Renewed,
     Restarted,
     Resumed,
     Returned,
@@ -25,9 +27,11 @@ from asyncflow.store.schema import Stage
 from asyncflow.store.table import STRAGGLER
 from asyncflow.store.wire import Message
 from asyncflow.types import PolicyVersion
-from tests.test_table_model import REWARD, ROLLOUT, Witness, insist
+from tests.test_table_model import REWARD, ROLLOUT, Witness, expected_capacity, insist
 
 Key = tuple[Any, ...]
+SHORTEST = 3.0
+"""Seconds for which nobody asks for less."""
 
 
 def number_of(text: str) -> int:
@@ -53,6 +57,9 @@ class Book(Witness):
         self.rewards: dict[int, list[str]] = {}
         self.version = PolicyVersion(n=0)
         self.checkpoints = 0
+        self.acks = 0
+        self.began: dict[int, tuple[float, float]] = {}
+        """Lease → when it was given or renewed last, and for how long."""
 
     def enter(self, event: Event) -> None:
         self.see(event)
@@ -62,7 +69,8 @@ class Book(Witness):
             self.keys.setdefault(key, self.lsn)
 
     def _admitted(self, event: Admitted) -> None:
-        first = self.admitted
+        first, places = self.admitted, len(event.prompt_tokens) * self.terms.num_generations
+        insist(expected_capacity(self) >= places, "no more is admitted than the bound leaves room for", event)
         super()._admitted(event)
         self.frames.setdefault(event.frame, self.lsn + 1)
         if event.put is not None:
@@ -108,6 +116,7 @@ class Book(Witness):
 
     def _acked(self, event: Acked) -> None:
         stage = self.leases[event.lease_id][0]
+        self.acks += 1
         if event.frame != NONE:
             self.frames.setdefault(event.frame, self.lsn + 1)
         if stage == ROLLOUT.name:
@@ -118,6 +127,20 @@ class Book(Witness):
                 self.responses.setdefault(sample_id, []).append(f"{sample_id}.{event.lease_id}")
             elif stage == REWARD.name:
                 self.rewards.setdefault(sample_id, []).append(f"{sample_id}.{event.lease_id}")
+
+    def _leased(self, event: Leased) -> None:
+        super()._leased(event)
+        self.began[event.lease_id] = self.now, event.deadline
+
+    def _renewed(self, event: Renewed) -> None:
+        super()._renewed(event)
+        self.began[event.lease_id] = self.now, event.deadline
+
+    def _returned(self, event: Returned) -> None:
+        if "ran out" in event.reason and not self.replays and event.lease_id in self.began:
+            lasted = self.now - self.began[event.lease_id][0]
+            insist(lasted >= SHORTEST - 1e-6, "a lease lasts as long as was said", event, lasted)
+        super()._returned(event)
 
     def _committed(self, event: Committed) -> None:
         super()._committed(event)

@@ -19,6 +19,8 @@ from asyncflow.store.journal import Record
 from asyncflow.store.segments import Shelf, _parse, gather, segment_of
 from asyncflow.store.table import Image
 
+from tests.test_table_model import insist
+
 from .world import Killed, Process, World
 
 SECTOR = 512
@@ -161,6 +163,7 @@ class SegmentFile:
         self.schemas: set[int] = set()
         self.open_frames: set[int] = set()
         self.sealed = False
+        self.flipped = False
 
     @property
     def locked(self) -> bool:
@@ -230,6 +233,8 @@ class SegmentDisk(Shelf):
 
     def remove(self, number: int) -> None:
         self.die_in("removal")
+        file = self.files.get(number)
+        insist(file is None or not file.locked, "a segment stays while its writer has it", number)
         if self.files.pop(number, None) is not None:
             self.world.note(f"segment {number} goes")
 
@@ -294,6 +299,7 @@ class SegmentDisk(Shelf):
         if place < len(file.durable):
             file.durable[place] = file.data[place]
         # Its schema may be the one of others in the segment.
+        file.flipped = True
         self.hurt |= {f for f in there if segment_of(f) == segment_of(frame) and not self.whole(f)}
         self.flipped |= self.hurt & {f for f in there if segment_of(f) == segment_of(frame)}
         self.world.faults["bit flipped", "segment"] += 1
@@ -351,6 +357,9 @@ class SimFrames:
         self._disk.hurt.discard(frame)
         self._disk.flipped.discard(frame)
         self._disk.written[frame] = xxhash.xxh3_64_intdigest(message)
+        if file.flipped and not self._disk.whole(frame):  # the bit was one of its schema
+            self._disk.hurt.add(frame)
+            self._disk.flipped.add(frame)
         self.die("after a frame is written", 0.002)
         if self._durable:
             try:

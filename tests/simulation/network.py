@@ -65,10 +65,10 @@ class SimBroker(Broker):
         due = self._next_chore()
         self._asleep_until = due
         if due < math.inf:
-            self._world.at(max(0.0, due - self._world.now), self._chore)
+            self._world.at(max(0.0, due - self._clock.monotonic()), self._chore)
 
     def _chore(self) -> None:
-        if self._process.dead or self._closed or self._asleep_until > self._world.now:
+        if self._process.dead or self._closed or self._asleep_until > self._clock.monotonic():
             return
         self._asleep_until = -math.inf
         try:
@@ -76,7 +76,7 @@ class SimBroker(Broker):
         except Closed:
             return
         except LedgerError:
-            self._asleep_until = self._world.now + TIDY_EVERY
+            self._asleep_until = self._clock.monotonic() + TIDY_EVERY
             self._world.at(TIDY_EVERY, self._chore)
             return
         except Killed as death:
@@ -319,7 +319,7 @@ class Server:
         if call.name in ("admit", "lease"):
             values["alive"] = lambda: not call.cancelled
         key, failed, lsn = key_of_request(call.name, request), self.journal.failed, self.journal.lsn
-        before = (key in self.book.keys, lsn)
+        before, acks = key in self.book.keys, self.book.acks
         try:
             answer = getattr(broker, call.name)(**values)
         except Waiting as parked:
@@ -328,7 +328,7 @@ class Server:
             self.world.at(waiting.timeout, lambda: self._time_up(call, waiting))
         except StoreError as error:
             if not (isinstance(error, LedgerError) and failed is None and self.journal.failed is not None):
-                insist(key is None or (key in self.book.keys) == before[0], "a refusal changes nothing", error, key)
+                insist(key is None or (key in self.book.keys) == before, "a refusal changes nothing", error, key)
             if isinstance(error, Closed):
                 insist(self.journal.lsn == lsn, "a closed store changes nothing")
             call.error, call.done = error, True
@@ -340,6 +340,7 @@ class Server:
         else:
             self._check_read(call.name, request)
             call.result, call.done = wire.encode(answer), True
+        insist(self.book.acks == acks or call.name == "ack", "who holds a row says that it is done", call.name)
         self.settle()
 
     def _see_error(self, error: StoreError) -> None:
