@@ -317,8 +317,8 @@ class Broker:
             self._shelf.sync(segments)
         except OSError as error:
             failure = LedgerError(
-                f"the data of the samples cannot be synced ({error}), so nobody knows what of them is on disk: see that "
-                "their disk works, start the machine again, and then the run"
+                f"the data of the samples cannot be synced ({error}), so nobody knows what of them is on disk: "
+                "see that their disk works, start the machine again, and then the run"
             )
             with self._lock:
                 self._sync_failed = failure  # the system tells it once: the next sync would seem to work

@@ -192,7 +192,7 @@ class Producer(Actor):
             if with_samples == 2:
                 columns["reward"] = [float(number_of(name)) for name in made]
             samples = batch(columns)
-            self._real = [number] * len(made)
+            self._real: list[int | None] = [number] * len(made)
         prompts = prompt_columns(names)
         append, written = self.frames.append, []
 
@@ -203,11 +203,11 @@ class Producer(Actor):
             written.append(frame)
             return frame
 
-        self.frames.append = remembered  # type: ignore[method-assign]
+        self.frames.append = remembered  # type: ignore[method-assign, assignment]
         try:
             groups = self.store.admit(prompts, samples, put=put, timeout=chance.choice([0.0, 0.3, 2.0]))
         finally:
-            self.frames.append = append  # type: ignore[method-assign]
+            self.frames.append = append  # type: ignore[method-assign, assignment]
         if groups is not None:
             key = ("put", put.producer, put.epoch, put.sequence, groups[0])
             self.server.promise(key, cuts)
@@ -270,11 +270,11 @@ class Worker(Actor):
                 self.server.real_of[frame] = real
             return frame
 
-        self.frames.append = remembered  # type: ignore[method-assign]
+        self.frames.append = remembered  # type: ignore[method-assign, assignment]
         try:
             self.store.ack(lease.lease_id, rows, columns)
         finally:
-            self.frames.append = append  # type: ignore[method-assign]
+            self.frames.append = append  # type: ignore[method-assign, assignment]
         self.server.promise(("ack", lease.lease_id, tuple(rows), frame), cuts)
         if self.world.chance.random() < 0.05:
             try:
@@ -369,7 +369,7 @@ class Learner(Actor):
             self.store.gone(self.name)
             self._forget()
             raise
-        if chance.random() < 0.4:
+        if chance.random() < 0.6:
             self._checkpoint()
 
     def _renew(self) -> None:
@@ -419,7 +419,7 @@ class Learner(Actor):
         number = min(self.version.n, version.n)
         if version.incarnation != self.version.incarnation:
             return
-        self.saved = [n for n in self.saved if n < number][-1:] + [number]
+        self.saved = [*[n for n in self.saved if n < number][-1:], number]
         oldest = PolicyVersion(incarnation=version.incarnation, n=self.saved[0])
         self.store.checkpointed(PolicyVersion(incarnation=version.incarnation, n=number), oldest=oldest)
 
@@ -468,4 +468,3 @@ def crew(world: World, server: Server, *, judge: bool) -> list[Actor]:
     if judge:
         made += [Worker(world, server, "judge", stage=JUDGE.name), Worker(world, server, "look", stage=LOOK.name)]
     return made
-

@@ -1,4 +1,4 @@
-"""A disk: what was written is in memory, what was synced is on disk. A power cut keeps the one and a part of the other."""
+"""A disk: what was written is in memory, what was synced is on disk. A power cut keeps that and a part of the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from asyncflow.store.frames import BATCH, HEADER_BYTES, OFFSET_BITS, SCHEMA, Enc
 from asyncflow.store.journal import Record
 from asyncflow.store.segments import Shelf, _parse, gather, segment_of
 from asyncflow.store.table import Image
-
 from tests.test_table_model import insist
 
 from .world import Killed, Process, World
@@ -74,7 +73,9 @@ class LedgerFile:
 class SimJournal:
     """Stands in for `Journal`, and dies at any of its points."""
 
-    def __init__(self, world: World, file: LedgerFile, process: Process, told: Callable[[Sequence[Event]], None]) -> None:
+    def __init__(
+        self, world: World, file: LedgerFile, process: Process, told: Callable[[Sequence[Event]], None]
+    ) -> None:
         self.path = file.path
         self._world, self._file, self._process, self._told = world, file, process, told
         self.lsn = len(file.lines)
@@ -246,7 +247,7 @@ class SegmentDisk(Shelf):
         if self.world.fault("kill", point, 0.01):
             self.broker.dead = True
             raise Killed
-        if self.world.fault("power cut", point, 0.005):
+        if self.world.fault("power cut", point, 0.02):
             self.broker.dead = True
             raise PowerCut
 
@@ -325,7 +326,7 @@ class SegmentDisk(Shelf):
             if file is None:
                 raise ValueError("it is not there")
             return _parse(_Mapped(bytes(file.data)), segment, offset)  # type: ignore[arg-type]
-        except (ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise DamagedData(f"segment {segment} is damaged at {offset}: {error}", frame=frame) from None
 
 

@@ -44,10 +44,12 @@ class Waiting(BaseException):
 class SimBroker(Broker):
     """The real one, in which nobody blocks and the housekeeper is no thread."""
 
-    def __init__(self, *args: Any, world: World, process: Process, on_death: Callable[[bool], None], **more: Any) -> None:
+    def __init__(
+        self, *args: Any, world: World, process: Process, on_death: Callable[[bool], None], **more: Any
+    ) -> None:
         super().__init__(*args, clock=world, **more)
         self._world, self._process, self._on_death = world, process, on_death
-        self._alarm = SimpleNamespace(notify_all=self._wake)  # type: ignore[assignment]
+        self._alarm: Any = SimpleNamespace(notify_all=self._wake)
         self._awake = False
 
     def _wait(self, topic: str, attempt: Any, timeout: float, alive: Any = lambda: True) -> Any:
@@ -82,6 +84,7 @@ class SimBroker(Broker):
         except Killed as death:
             self._on_death(isinstance(death, PowerCut))
             return
+        insist(self._next_chore() > self._clock.monotonic(), "leases run out in time", self._next_chore())
         self._wake()
 
 
@@ -405,7 +408,8 @@ class Server:
     def check_waiting(self) -> None:
         """Nobody waits for what he could have."""
         broker = self.broker
-        if broker is None or self.journal.failed is not None:
+        full = self.world.now < self.journal.full_until  # then nothing can be given to anybody
+        if broker is None or self.journal.failed is not None or full:
             return
         heads = {id(parked[0]): topic for topic, parked in broker._parked.items() if parked}
         for call, waiting, request in self.waiting:
@@ -484,7 +488,7 @@ class Client:
 def control_of(server: Server, process: Process) -> RemoteControl:
     """The real client of a broker, over the simulated network."""
 
-    class Control(server.parts.remote):  # type: ignore[name-defined, misc]
+    class Control(server.parts.remote):  # type: ignore[name-defined]
         def _connect(self) -> Any:
             return Client(server)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 
-from asyncflow.store.events import LatePolicy, Opened
+from asyncflow.store.events import Opened
 from asyncflow.store.journal import Durability
 from asyncflow.store.schema import Schema
 from tests.test_table_model import JUDGE, LOOK, POLICIES, REWARD, ROLLOUT, SAMPLERS, TRAIN, Broken, insist
@@ -31,7 +31,7 @@ class Outcome:
     """Lives that ended because a power cut took what was promised to nobody."""
 
 
-def make(seed: int, parts: Parts | None = None, late_samples: LatePolicy | None = None) -> tuple[World, Server]:
+def make(seed: int, parts: Parts | None = None) -> tuple[World, Server]:
     parts, world = parts or Parts(), World(seed)
     chance = random.Random(seed ^ 0x5EED)
     judge = chance.random() < 0.3
@@ -46,7 +46,7 @@ def make(seed: int, parts: Parts | None = None, late_samples: LatePolicy | None 
         min_group=chance.randint(1, size),
         max_attempts=chance.choice([2, 3, 5]),
         resumable=chance.random() < 0.7,
-        late_samples=late_samples or chance.choice(POLICIES),
+        late_samples=chance.choice(POLICIES),
         group_timeout=chance.choice([None, None, 4.0]),
     )
     server = Server(world, schema, terms, MODES[seed % 2], parts, parts.disk(world))

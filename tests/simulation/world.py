@@ -15,7 +15,6 @@ from contextlib import suppress
 
 import xxhash
 
-
 MOST = 200_000
 SEVERITY = (0.0, 0.3, 1.0, 4.0, 12.0)
 
