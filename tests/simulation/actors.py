@@ -207,7 +207,7 @@ class Producer(Actor):
         try:
             groups = self.store.admit(prompts, samples, put=put, timeout=chance.choice([0.0, 0.3, 2.0]))
         finally:
-            self.frames.append = append  # type: ignore[method-assign, assignment]
+            self.frames.append = append  # type: ignore[method-assign]
         if groups is not None:
             key = ("put", put.producer, put.epoch, put.sequence, groups[0])
             self.server.promise(key, cuts)
@@ -274,7 +274,7 @@ class Worker(Actor):
         try:
             self.store.ack(lease.lease_id, rows, columns)
         finally:
-            self.frames.append = append  # type: ignore[method-assign, assignment]
+            self.frames.append = append  # type: ignore[method-assign]
         self.server.promise(("ack", lease.lease_id, tuple(rows), frame), cuts)
         if self.world.chance.random() < 0.05:
             try:

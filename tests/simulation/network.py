@@ -167,7 +167,7 @@ class Server:
         account = self.parts.account(self.disk, table.frames(), after=table.last_frame)
         self.broker = self.parts.broker(
             table,
-            self.journal,  # type: ignore[arg-type]
+            self.journal,
             account,
             self.disk,
             durability=self.durability,
@@ -488,7 +488,7 @@ class Client:
 def control_of(server: Server, process: Process) -> RemoteControl:
     """The real client of a broker, over the simulated network."""
 
-    class Control(server.parts.remote):  # type: ignore[name-defined]
+    class Control(server.parts.remote):  # type: ignore[name-defined, misc]
         def _connect(self) -> Any:
             return Client(server)
 

@@ -242,7 +242,7 @@ class Planted:
 PLANTED: dict[str, Planted] = {
     "ack before write": Planted(Parts(journal=AnswersBeforeItWrites), "is not lost|has happened|the whole ledger"),
     "answer before sync": Planted(Parts(journal=AnswersBeforeTheSync), "what is acknowledged is synced"),
-    "retry after a failed fsync": Planted(Parts(journal=TriesAFailedSyncAgain), "is synced|not lost", 200),
+    "retry after a failed fsync": Planted(Parts(journal=TriesAFailedSyncAgain), "is synced|not lost"),
     "no fencing": Planted(Parts(table=NoFencing), "what is acknowledged has happened|what is read|is refused"),
     "lease numbers begin anew": Planted(Parts(table=NumbersLeasesAnew), "lease ids are never reused"),
     "wall clock in leases": Planted(Parts(broker=WallClock), "a lease lasts as long as was said|run out in time"),
@@ -253,21 +253,21 @@ PLANTED: dict[str, Planted] = {
     "ids reused": Planted(Parts(table=ReusesIds), "ids are never reused|the account balances"),
     "put forgotten": Planted(Parts(table=ForgetsPuts), "a put happens once"),
     "dropped silently": Planted(Parts(broker=DropsSilently), "what is acknowledged has happened"),
-    "checksum skipped": Planted(Parts(frames=SkipsChecksums), "what is read is what was put", 100),
+    "checksum skipped": Planted(Parts(frames=SkipsChecksums), "what is read is what was put", 300),
     "needed segment removed": Planted(Parts(account=ReleasesTwice), "data that are needed stay|account knows"),
     "unsettled segment removed": Planted(Parts(disk=RemovesWhatIsNotSettled), "stays while its writer has it"),
     "segment removed before the ledger is on disk": Planted(
         Parts(broker=RemovesBeforeTheSync), "can be gone on with|are not lost", 2000
     ),
-    "frame named before its sync": Planted(Parts(frames=NamesFramesBeforeTheSync), "are not lost|gone on with", 200),
+    "frame named before its sync": Planted(Parts(frames=NamesFramesBeforeTheSync), "are not lost|gone on with"),
     "earlier process trusted to have synced": Planted(Parts(account=TrustsEarlierProcesses), "are not lost", 600),
     "failed sync of segments forgotten": Planted(Parts(broker=ForgetsAFailedSync), "are not lost|gone on with", 600),
-    "commit confirmed before its sync": Planted(Parts(remote=ConfirmsBeforeTheSync), "acknowledged is synced", 3000),
+    "commit confirmed before its sync": Planted(Parts(remote=ConfirmsBeforeTheSync), "acknowledged is synced", 1000),
     "part of a group leased": Planted(Parts(table=PartsOfGroups), "groups are leased whole|what is trained was"),
     "staleness not checked": Planted(Parts(table=NoStalenessCheck), "no late row is leased|never exceeds the bound"),
     "admission by the learner's version": Planted(Parts(table=LearnersVersionInAdmission), "no more is admitted"),
     "commit of anything": Planted(
-        Parts(table=CommitsAnything), "a sample is trained once|a step |consecutive|two sets", 200
+        Parts(table=CommitsAnything), "a sample is trained once|a step |consecutive|two sets"
     ),
     "numbers used twice after going back": Planted(Parts(table=NumbersTwice), "never names two sets of weights"),
     "snapshot without its tail": Planted(Parts(records_after=1), "a snapshot and its tail are the whole ledger"),
