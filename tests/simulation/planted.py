@@ -257,7 +257,7 @@ PLANTED: dict[str, Planted] = {
     "needed segment removed": Planted(Parts(account=ReleasesTwice), "data that are needed stay|account knows"),
     "unsettled segment removed": Planted(Parts(disk=RemovesWhatIsNotSettled), "stays while its writer has it"),
     "segment removed before the ledger is on disk": Planted(
-        Parts(broker=RemovesBeforeTheSync), "can be gone on with|are not lost", 2000
+        Parts(broker=RemovesBeforeTheSync), "can be gone on with|are not lost", 600
     ),
     "frame named before its sync": Planted(Parts(frames=NamesFramesBeforeTheSync), "are not lost|gone on with"),
     "earlier process trusted to have synced": Planted(Parts(account=TrustsEarlierProcesses), "are not lost", 600),
