@@ -46,7 +46,7 @@ class Account:
             use.ever += rows
         self._last = max([*sizes, segment_of(after)])
         self._unneeded = sizes.keys() - needed
-        self._unsynced: set[int] = set()
+        self._unsynced = set(needed)  # nobody knows what an earlier process has synced
         self.has_garbage = bool(self._unneeded)
         """Whether `unneeded` is worth a call: a segment is not needed any more, or a writer has gone on to another."""
         self.bytes = sum(use.needed_bytes for use in self._uses.values())
@@ -92,10 +92,15 @@ class Account:
             self._unneeded.add(number)
             self.has_garbage = True
 
-    def unsynced(self) -> list[int]:
-        """Segments with frames that were held since the last call: a power cut can still take these."""
-        unsynced, self._unsynced = self._unsynced, set()
-        return sorted(unsynced)
+    def unsynced(self) -> dict[int, int]:
+        """Segments with frames that a power cut can still take → how many rows ever needed them so far."""
+        return {number: self._uses[number].ever for number in sorted(self._unsynced)}
+
+    def synced(self, segments: Mapping[int, int]) -> None:
+        """What `unsynced` has said of these survives a power cut; frames that were held since then may not."""
+        for number, ever in segments.items():
+            if number in self._uses and self._uses[number].ever == ever:
+                self._unsynced.discard(number)
 
     def unneeded(self) -> list[int]:
         """Segments that no row needs and no writer uses, to be removed when the ledger is on disk. They are not known

@@ -50,20 +50,30 @@ RETRY = 1.0
 """Seconds after which a chore that has failed (a full disk) is tried again."""
 
 
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(eq=False)
 class _Parked(Generic[T]):
     """Somebody who waits for something that is not possible yet."""
 
     attempt: Attempt[T]
-    alive: Callable[[], bool]
+    alive: Callable[[], bool] = _always
     """Whether he still wants it."""
+    wants: int = 1
+    """How much he needs at least: who needs as much as somebody who could not be served cannot be served either."""
+    again: Callable[[], bool] = _never
+    """Whether somebody else was given what he asks for, under the same name."""
     done: threading.Event = field(default_factory=threading.Event)
     result: T | None = None
     error: BaseException | None = None
-
-
-def _always() -> bool:
-    return True
+    at_once: bool = False
+    """It was possible when he asked, so the operation that served him was his own."""
 
 
 class Broker:
@@ -102,6 +112,7 @@ class Broker:
         """When the housekeeper wakes by itself; in the past while he is at work."""
         self._tidied = -math.inf
         self._closed = False
+        self._sync_failed: LedgerError | None = None
 
     # -- Control -------------------------------------------------------------------------------------------------------
 
@@ -111,7 +122,9 @@ class Broker:
 
     def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
         self._check_fits(size)
-        return bool(self._wait(ADMISSION, lambda _now, _last: self._has_room(groups, size=size) or None, timeout))
+        return bool(
+            self._wait(ADMISSION, _Parked(lambda _now, _last: self._has_room(groups, size=size) or None), timeout)
+        )
 
     def admit(
         self,
@@ -140,7 +153,7 @@ class Broker:
             self._perform(events, size=size)
             return first
 
-        return self._wait(ADMISSION, attempt, timeout, alive)
+        return self._wait(ADMISSION, _Parked(attempt, alive), timeout)
 
     def lease(
         self,
@@ -176,7 +189,10 @@ class Broker:
             leased = events[-1] if events else None
             return self._grant(leased.lease_id) if isinstance(leased, Leased) else None
 
-        return self._wait(stage, attempt, timeout, alive)
+        def again() -> bool:
+            return (stage, request) in self.table.requests
+
+        return self._wait(stage, _Parked(attempt, alive, wants=min_rows, again=again), timeout)
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         with self._operation() as now:
@@ -311,13 +327,21 @@ class Broker:
         it meanwhile.
         """
         with self._operation():
+            if self._sync_failed is not None:
+                raise LedgerError(str(self._sync_failed)) from self._sync_failed
             lsn, segments = self._journal.lsn, self._account.unsynced()
         try:
             self._shelf.sync(segments)
         except OSError as error:
-            raise LedgerError(
-                f"the data of the samples cannot be synced ({error}): see that their disk works"
-            ) from error
+            failure = LedgerError(
+                f"the data of the samples cannot be synced ({error}), so nobody knows what of them is on disk: "
+                "see that their disk works, start the machine again, and then the run"
+            )
+            with self._lock:
+                self._sync_failed = failure  # the system tells it once: the next sync would seem to work
+            raise failure from error
+        with self._lock:
+            self._account.synced(segments)
         self._journal.sync()
         self.reclaim()
         return lsn
@@ -382,25 +406,33 @@ class Broker:
     def _wait(
         self,
         topic: str,
-        attempt: Attempt[T],
+        parked: _Parked[T],
         timeout: float,
-        alive: Callable[[], bool] = _always,
     ) -> T | None:
-        """What `attempt` gives, as soon as it gives something; None when time is up. Those who came before go first."""
+        """What his attempt gives, as soon as it gives something; None when time is up. Those before him go first."""
+        self._park(topic, parked, timeout)
+        if timeout > 0:
+            parked.done.wait(timeout)
+        return self._collect(topic, parked)
+
+    def _park(self, topic: str, parked: _Parked[Any], timeout: float) -> None:
+        """Try, and get into line if it is not possible yet. Waits for nobody."""
         with self._operation() as now:
-            if not self._parked[topic] and (result := attempt(now, timeout <= 0)) is not None:
-                return result
-            parked = _Parked(attempt, alive)
+            if not self._parked[topic] and (result := parked.attempt(now, timeout <= 0)) is not None:
+                parked.result, parked.at_once = result, True
+                parked.done.set()
+                return
             self._parked[topic].append(parked)
             if timeout > 0:
                 self._see_to_it()
-        if timeout > 0:
-            parked.done.wait(timeout)
+
+    def _collect(self, topic: str, parked: _Parked[T]) -> T | None:
+        """What somebody has got by now, who waits no longer."""
         if not parked.done.is_set():
             self._leave(topic, parked)
         if parked.error is not None:
             raise parked.error
-        if self.durability == "power" and parked.result is not None:
+        if self.durability == "power" and parked.result is not None and not parked.at_once:
             self._journal.sync_to(self._journal.lsn)
         return parked.result
 
@@ -425,7 +457,10 @@ class Broker:
         while self._possible:
             topic = next(iter(self._possible))
             del self._possible[topic]
+            stuck = math.inf
             for parked in list(self._parked[topic]):
+                if parked.wants >= stuck and not parked.again():
+                    continue
                 if not parked.alive():
                     self._parked[topic].remove(parked)
                     parked.done.set()
@@ -435,7 +470,10 @@ class Broker:
                 except Exception as error:  # it is his, and not that of whose operation this is
                     parked.error = error
                 if parked.result is None and parked.error is None:
-                    break
+                    if topic == ADMISSION:
+                        break  # or small puts would overtake a large one for ever
+                    stuck = min(stuck, parked.wants)
+                    continue
                 self._parked[topic].remove(parked)
                 parked.done.set()
 
@@ -537,14 +575,18 @@ class Broker:
                 if self._closed:
                     return
             try:
-                with self._operation() as now:
-                    tidy = self._account.has_garbage and self._tidied + TIDY_EVERY <= now
-                    if tidy:
-                        self._tidied = now
-                if tidy:
-                    self.reclaim()
+                self._do_chores()
             except Closed:
                 return
             except LedgerError:
                 logger.exception("the store's housekeeping has to wait")
                 time.sleep(RETRY)
+
+    def _do_chores(self) -> None:
+        """What is due. Raises Closed, LedgerError."""
+        with self._operation() as now:
+            tidy = self._account.has_garbage and self._tidied + TIDY_EVERY <= now
+            if tidy:
+                self._tidied = now
+        if tidy:
+            self.reclaim()

@@ -204,6 +204,23 @@ def headers_of(data: Bytes, segment: int) -> Iterator[Header]:
         offset = header.end
 
 
+def headers_beyond_damage(data: Bytes, segment: int) -> Iterator[Header]:
+    """All headers of a segment, those included that are behind a damaged one. Bytes of a message that look like a
+    header of this very place are among them: believe only what a checksum or an id confirms."""
+    offset = 0
+    while offset + HEADER_BYTES <= len(data):
+        try:
+            header = header_at(data, segment, offset)
+        except ValueError:
+            found = data.find(MAGIC, offset + 1) if not isinstance(data, memoryview) else -1
+            if found < 0:
+                return
+            offset = aligned(found)
+            continue
+        yield header
+        offset = header.end
+
+
 def read_schema(message: pa.Buffer) -> pa.Schema:
     """An Arrow IPC message as a schema. Raises ValueError or ArrowException."""
     if message.size > MAX_SCHEMA_BYTES:

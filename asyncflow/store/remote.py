@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 from numpy.typing import NDArray
 
+from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
 from asyncflow.store import wire
 from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
@@ -87,8 +88,19 @@ def _sees(folder: Path, host: str) -> bool:
 class RemoteControl:
     """`Control` over Flight; thread-safe."""
 
-    def __init__(self, location: str, *, token: str, tls_root: bytes | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        location: str,
+        *,
+        token: str,
+        tls_root: bytes | None = None,
+        patience: float = PATIENCE,
+        clock: Clock | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.location = location
+        self._clock = clock or SystemClock()
+        self._sleep = sleep
         self._tls_root = tls_root
         self._patience = patience
         self._headers = [(b"authorization", f"Bearer {token}".encode())]
@@ -114,7 +126,7 @@ class RemoteControl:
         def ask(left: float) -> bool | None:
             return self._call("room", wire.Room(groups=groups, size=size, timeout=left), wait=left) or None
 
-        return bool(_in_turns(ask, timeout))
+        return bool(self._in_turns(ask, timeout))
 
     def admit(
         self,
@@ -143,7 +155,7 @@ class RemoteControl:
             first: int | None = self._call("admit", request, wait=left)
             return first
 
-        return _in_turns(ask, timeout)
+        return self._in_turns(ask, timeout)
 
     def lease(
         self,
@@ -178,7 +190,7 @@ class RemoteControl:
 
         while True:
             try:
-                return _in_turns(ask, timeout)
+                return self._in_turns(ask, timeout)
             except LeaseLost:
                 if request is not None:
                     raise
@@ -248,6 +260,7 @@ class RemoteControl:
             # The answer to an earlier try may have been lost, and not the commit.
             if tries == self._tries or self.counts().learner != version:
                 raise
+            self.held(0)  # returns when what has happened is as safe as the store promises; counts do not wait for it
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON]))
@@ -349,7 +362,7 @@ class RemoteControl:
             except fl.FlightUnauthenticatedError:
                 raise StoreError(f"{self.location} refuses the token: use that of its server") from None
             except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
-                now = time.monotonic()
+                now = self._clock.monotonic()
                 deadline = now + self._patience if deadline is None else deadline
                 if now >= deadline:
                     raise Unreachable(
@@ -358,7 +371,17 @@ class RemoteControl:
             except pa.ArrowException as error:
                 raise StoreError(f"{self.location} has failed: {error}") from None
             self._reconnect(client)
-            time.sleep(PAUSE)
+            self._sleep(PAUSE)
+
+    def _in_turns(self, ask: Callable[[float], T | None], timeout: float) -> T | None:
+        """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died
+        does not stay for long."""
+        deadline = self._clock.monotonic() + timeout
+        while True:
+            left = min(max(0.0, deadline - self._clock.monotonic()), MAX_WAIT)
+            answer = ask(left)
+            if answer is not None or self._clock.monotonic() >= deadline:
+                return answer
 
     def _reconnect(self, broken: fl.FlightClient) -> None:
         """A new connection, unless another thread has made one: an old one would wait longer with every failure."""
@@ -401,17 +424,6 @@ class RemoteFrames:
 
     def close(self) -> None:
         """The control is closed by who has made it."""
-
-
-def _in_turns(ask: Callable[[float], T | None], timeout: float) -> T | None:
-    """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died does
-    not stay for long."""
-    deadline = time.monotonic() + timeout
-    while True:
-        left = min(max(0.0, deadline - time.monotonic()), MAX_WAIT)
-        answer = ask(left)
-        if answer is not None or time.monotonic() >= deadline:
-            return answer
 
 
 def _refusal(error: fl.FlightServerError) -> StoreError:

@@ -45,7 +45,7 @@ from asyncflow.store.frames import (
     Header,
     aligned,
     header_at,
-    headers_of,
+    headers_beyond_damage,
     message_of,
     read_batch,
     read_schema,
@@ -602,7 +602,7 @@ def _parse(mapped: _Map, segment: int, offset: int) -> pa.RecordBatch:
 def _schema(mapped: _Map, segment: int, schema_id: int) -> pa.Schema:
     schema = mapped.schemas.get(schema_id)
     if schema is None:
-        for header in headers_of(mapped.data, segment):
+        for header in headers_beyond_damage(mapped.data, segment):
             if header.kind == SCHEMA and header.schema == schema_id:
                 message = message_of(mapped.data, header)
                 if header.checksum != schema_id:
