@@ -56,6 +56,8 @@ class Cluster:
         self.workers: dict[str, ForkServerProcess] = {}
         self.dead: list[str] = []
         """Lives that have ended since the server began its own."""
+        self.granted_grace: Counter[str] = Counter()
+        """The lives that there were then."""
         self.kills: Counter[str] = Counter()
         for name in WORKERS:
             self.begin(name)
@@ -75,7 +77,7 @@ class Cluster:
             # Every lease now lives on for a while: who holds one and is dead has to be named.
             for worker in self.dead:
                 self.client.gone(worker)
-            self.dead = []
+            self.dead, self.granted_grace = [], Counter(self.lives)
             return
         process = self.workers[name]
         assert process.pid is not None
@@ -84,7 +86,8 @@ class Cluster:
         process.join()
         worker = f"{name}.{self.lives[name]}"
         self.dead.append(worker)
-        if self.rng.random() < 0.5:
+        # Without a notice, one that had a lease when the server was restarted would hold it for a minute.
+        if self.lives[name] <= self.granted_grace[name] or self.rng.random() < 0.5:
             self.client.gone(worker)
         self.begin(name)
 
@@ -96,12 +99,15 @@ class Cluster:
         return sum(file.read_bytes().count(b" done") for file in files)
 
     def run(self, kills: int) -> None:
-        """Kill somebody again and again, sometimes before anything more was acknowledged, sometimes much later."""
+        """Kill everybody at least once, some again and again: at once, or when much more was acknowledged."""
         pause = threading.Event()
-        for _ in range(kills):
+        victims = [SERVER, *WORKERS]
+        victims += self.rng.choices([SERVER, SERVER, SERVER, *WORKERS], k=kills - len(victims))
+        self.rng.shuffle(victims)
+        for victim in victims:
             self.goes_on(self.rng.choice([0, 0, 1, 5, 40]))
             pause.wait(self.rng.random() * 0.03)
-            self.kill(self.rng.choice([SERVER, SERVER, SERVER, *WORKERS]))
+            self.kill(victim)
         self.goes_on(100)
 
     def goes_on(self, operations: int) -> None:
