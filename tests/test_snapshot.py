@@ -137,7 +137,7 @@ def test_everything_that_a_table_remembers_is_in_its_snapshot(tmp_path: Path) ->
     known = {
         "schema", "terms", "rows", "groups", "taken", "leases", "served", "learner", "next_sample", "next_group",
         "next_lease", "last_frame", "ended", "consumed", "puts",
-            "requests", "tally", "awaiting", "_counts", "_ready", "_line", "_deadlines",
+            "requests", "tally", "awaiting", "last_step", "_counts", "_ready", "_line", "_deadlines",
     }  # fmt: skip
     assert vars(world.table).keys() == known
     world.close()

@@ -214,9 +214,9 @@ class Management(Protocol):
 
         Each of `trained` and `skipped` is held under one of these `leases` of the training stage, of which some may
         have ended; `skipped` counts towards the step and ends as dropped. `masked`: trained sample → version of the
-        oldest of its tokens that was in the loss, where older ones were masked out (`late_samples: mask`). Raises
-        LeaseLost naming the rows that are not held, StalenessViolation, or IllegalTransition when the rows are not
-        exactly one step.
+        oldest of its tokens that was in the loss, where older ones were masked out (`late_samples: mask`). The last
+        commit may be repeated: it happens once. Raises LeaseLost naming the rows that are not held, StalenessViolation,
+        or IllegalTransition when the rows are not exactly one step.
         """
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:

@@ -24,7 +24,7 @@ import pyarrow.flight as fl
 from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import Closed, IllegalTransition, LeaseLost, StoreError, Unreachable
+from asyncflow.errors import Closed, LeaseLost, StoreError, Unreachable
 from asyncflow.store import wire
 from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.data import Data, FileFrames
@@ -253,14 +253,7 @@ class RemoteControl:
             version=version,
             masked=None if masked is None else dict(masked),
         )
-        tries = self._tries
-        try:
-            self._call("commit", request)
-        except (LeaseLost, IllegalTransition):
-            # The answer to an earlier try may have been lost, and not the commit.
-            if tries == self._tries or self.counts().learner != version:
-                raise
-            self.held(0)  # returns when what has happened is as safe as the store promises; counts do not wait for it
+        self._call("commit", request)
 
     def drop(self, sample_ids: Sequence[int], *, reason: str) -> None:
         self._call("drop", wire.Drop(sample_ids=_ints(sample_ids), reason=reason[: wire.MOST_REASON]))

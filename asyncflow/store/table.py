@@ -146,6 +146,7 @@ class Image(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     requests: list[tuple[str, str, int]]
     """Stage, name, lease."""
     tally: dict[str, int]
+    last_step: tuple[tuple[int, ...], tuple[int, ...]] | None
     puts: dict[str, tuple[PutId, int, int]]
     consumed: list[tuple[int, int, int, int]]
     """Step, how many it trained, how many it skipped, how many were masked."""
@@ -171,6 +172,8 @@ class Table:
         """Highest id of a frame that any sample ever had."""
         self.ended: Counter[str] = Counter()
         """trained, quarantined, and dropped:<reason> → samples."""
+        self.last_step: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        """What the last commit trained and skipped."""
         self.puts: dict[str, tuple[PutId, int, int]] = {}
         """Producer → its last put, the first of its groups, and how many they were."""
         self.tally: Counter[str] = Counter()
@@ -797,8 +800,14 @@ class Table:
         """Check that the rows are one whole step within the bound, held under these leases of the training stage.
 
         `masked`: trained sample → version of the oldest token of it that was in the loss, where older ones were not.
-        Raises LeaseLost naming the rows that are not, IllegalTransition or StalenessViolation.
+        Nothing happens (no events) when the last commit was this one: its answer may have been lost. Raises LeaseLost
+        naming the rows that are not, IllegalTransition or StalenessViolation.
         """
+        if version == self.learner and self.last_step == (
+            tuple(sorted(trained)),
+            tuple(sorted(skipped)),
+        ):
+            return []
         rows = np.array([*trained, *skipped], np.int64)
         if len(set(rows.tolist())) != len(rows):
             raise IllegalTransition("a commit names a sample twice")
@@ -1238,6 +1247,7 @@ class Table:
     def _apply_committed(self, event: Committed) -> set[str]:
         step = Consumed(np.array(event.trained, np.int64), np.array(event.skipped, np.int64), len(event.masked))
         self.tally["masked"] += step.masked
+        self.last_step = event.trained, event.skipped
         if self.terms.resumable:
             self.rows.kept[step.rows - self.rows.base] = True
         self._end(step.trained, Move.TRAIN, "")
@@ -1314,6 +1324,7 @@ class Table:
             del self.rows.reasons[sample_id]
 
     def _apply_resumed(self, event: Resumed) -> set[str]:
+        self.last_step = None
         self.learner = PolicyVersion.unpack(event.version)
         number, rows = self.learner.n, self.rows
         ids = rows.open()
@@ -1467,6 +1478,7 @@ class Table:
             "served": dict(self.served),
             "learner": self.learner,
             "puts": dict(self.puts),
+            "last_step": self.last_step,
             "next": (self.next_sample, self.next_group, self.next_lease, self.last_frame),
             "ended": dict(self.ended),
             "tally": dict(self.tally),
@@ -1530,6 +1542,7 @@ class Table:
             ],
             requests=[(stage, name, lease_id) for (stage, name), lease_id in self.requests.items()],
             tally=dict(self.tally),
+            last_step=self.last_step,
             puts=self.puts,
             consumed=[(n, len(step.trained), len(step.skipped), step.masked) for n, step in steps],
         )
@@ -1554,6 +1567,7 @@ class Table:
         table.served = {engine: PolicyVersion.unpack(version) for engine, version in image.served.items()}
         table.ended = Counter(image.ended)
         table.puts, table.tally = image.puts, Counter(image.tally)
+        table.last_step = image.last_step
         table.requests = {(stage, name): lease_id for stage, name, lease_id in image.requests}
         begin = 0
         for lease_id, stage, worker, count, left, deadline, bound, ranks, places in image.leases:
