@@ -9,7 +9,6 @@ decided when the store is opened, and makes no difference to what happens.
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -63,8 +62,11 @@ def _host_of(folder: Path) -> str:
 class Store:
     """Implements `StoreClient`; thread-safe."""
 
-    def __init__(self, schema: Schema, group_size: int, control: Control, data: Data) -> None:
+    def __init__(
+        self, schema: Schema, group_size: int, control: Control, data: Data, clock: Clock | None = None
+    ) -> None:
         """Use `create` or `reopen`, or `asyncflow.store.remote.connect`."""
+        self._clock = clock or SystemClock()
         self.schema = schema
         self.group_size = group_size
         self._control = control
@@ -150,12 +152,12 @@ class Store:
         if not groups:
             return ()
         if self._waits.is_set():
-            deadline = time.monotonic() + timeout
+            deadline = self._clock.monotonic() + timeout
             size = prompts.nbytes + (0 if samples is None else samples.nbytes)
             if not self._control.room(groups, size=size, timeout=timeout):
                 return None
             self._waits.clear()
-            timeout = max(0.0, deadline - time.monotonic())
+            timeout = max(0.0, deadline - self._clock.monotonic())
         first = self._named(lambda: self._admit(prompts, samples, put, priorities, timeout))
         if first is None:
             self._waits.set()

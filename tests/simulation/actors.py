@@ -67,7 +67,9 @@ class Actor:
             self.server.disk, self.process, self.control.allocate, durable=self.server.durability == "power"
         )
         self.frames: SimFrames = frames
-        self.store = Store(self.server.schema, self.server.terms.num_generations, self.control, frames)
+        self.store = Store(
+            self.server.schema, self.server.terms.num_generations, self.control, frames, clock=self.world
+        )
         self.begin()
         process = self.process
         self.world.spawn(process, lambda: self._live(process))
