@@ -215,14 +215,16 @@ class Server:
             book.enter(record.event)
         book.replays = False
         self._check_promises(book, power)
+        table: Table | None = None
+        missing: set[int] = set()
         try:
             table = self._rebuild()
             missing = {segment_of(frame) for frame in table.frames()} - self.disk.files.keys()
             self._open(table, book)
         except LedgerError as error:
             named = [frame for frame, lsn in book.frames.items() if segment_of(frame) in missing and self._durable(lsn)]
-            needed = [frame for frame in named if frame in table.frames()]
-            insist(power and not needed, "what was promised can be gone on with", error, needed)
+            needed = [frame for frame in named if table is None or frame in table.frames()]
+            insist(power and table is not None and not needed, "what was promised can be gone on with", error, needed)
             self.over = str(error)
             self.world.note("the run is over")
             return

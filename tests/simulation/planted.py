@@ -270,6 +270,8 @@ PLANTED: dict[str, Planted] = {
         Parts(table=CommitsAnything), "a sample is trained once|a step |consecutive|two sets"
     ),
     "numbers used twice after going back": Planted(Parts(table=NumbersTwice), "never names two sets of weights"),
-    "snapshot without its tail": Planted(Parts(records_after=1), "a snapshot and its tail are the whole ledger"),
+    "snapshot without its tail": Planted(
+        Parts(records_after=1), "a snapshot and its tail are the whole ledger|can be gone on with"
+    ),
     "data of an ended sample served": Planted(Parts(table=ServesWhatHasEnded), "that has ended are not served"),
 }
