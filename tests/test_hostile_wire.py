@@ -631,6 +631,7 @@ def test_calls_that_wait_are_bounded_and_keep_nobody_else_from_an_answer(fresh: 
     wait_until(lambda: "too many" not in refused_for(fresh.raw, waiting_lease(timeout=0.1)))
 
 
+@pytest.mark.long
 def test_puts_that_never_end_are_bounded_and_keep_nobody_else_from_an_answer(fresh: Target) -> None:
     end = threading.Event()
     first, message = stream(prompts(1))

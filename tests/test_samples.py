@@ -117,7 +117,7 @@ def step(n: int) -> tuple[Committed, pa.RecordBatch]:
     """A step of two samples, of which the second is skipped."""
     event = Committed(trained=(2 * n,), skipped=(2 * n + 1,), version=PolicyVersion(incarnation=1, n=n).packed)
     versions = pa.array(
-        [[PolicyVersion(n=n - 1).packed] * 3, [PolicyVersion(n=n - 2).packed] * 2], pa.list_(pa.int64())
+        [[PolicyVersion(n=n - 1).packed] * 3, [PolicyVersion(n=max(0, n - 2)).packed] * 2], pa.list_(pa.int64())
     )
     ids = pa.array([2 * n, 2 * n + 1], pa.int64())
     return event, pa.RecordBatch.from_arrays([ids, ids, versions], names=["sample_id", "group_id", "token_versions"])

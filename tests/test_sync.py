@@ -5,27 +5,20 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.flight as fl
 import pytest
 
 from asyncflow.clock import ManualClock
-from asyncflow.errors import LeaseLost, LedgerError
-from asyncflow.store import wire
+from asyncflow.errors import LedgerError
 from asyncflow.store.account import Account
 from asyncflow.store.broker import Broker
-from asyncflow.store.client import Counts
 from asyncflow.store.events import Opened
 from asyncflow.store.frames import HEADER_BYTES, OFFSET_BITS
 from asyncflow.store.journal import Journal
-from asyncflow.store.remote import RemoteControl
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import MemoryFrames, SegmentReader, SegmentWriter, segment_path
 from asyncflow.store.table import Table
-from asyncflow.types import PolicyVersion
 from tests.test_table_model import REWARD, ROLLOUT, TRAIN
 
 SCHEMA = Schema([ROLLOUT, REWARD, TRAIN])
@@ -81,52 +74,6 @@ def test_a_sync_that_failed_is_not_forgotten_by_the_next_one(tmp_path: Path) -> 
 
     assert disk.synced == [[2]]
     broker.close()
-
-
-class Answers:
-    """Stands in for a `FlightClient` of a store whose first answer was lost, and whose ledger cannot be synced."""
-
-    def __init__(self, version: PolicyVersion) -> None:
-        self.asked: list[str] = []
-        self._counts = Counts(
-            admitted=1, trained=1, dropped={}, quarantined=0, states={}, leased={}, ready={}, capacity=0,
-            max_staleness=1, learner=version, served={}, oldest=None, bytes=0,
-        )  # fmt: skip
-
-    def do_action(self, action: fl.Action, options: Any) -> list[Any]:
-        self.asked.append(action.type)
-        match self.asked:
-            case ["commit"]:
-                raise fl.FlightUnavailableError("cut")
-            case [*_, "commit"]:
-                raise self._refusal(LeaseLost("lease 1 has ended"))
-            case [*_, "counts"]:
-                return [SimpleNamespace(body=wire.encode(self._counts))]
-            case _:
-                raise self._refusal(LedgerError("it cannot be synced"))
-
-    def close(self) -> None:
-        """There is nothing."""
-
-    @staticmethod
-    def _refusal(error: Any) -> fl.FlightServerError:
-        return fl.FlightServerError(str(error), wire.encode_json(wire.Refusal.of(error)))
-
-
-def test_a_commit_that_is_asked_for_again_is_not_confirmed_before_it_is_synced() -> None:
-    version = PolicyVersion(n=1)
-    answers = Answers(version)
-
-    class Control(RemoteControl):
-        def _connect(self) -> Any:
-            return answers
-
-    control = Control("nowhere", token="", sleep=lambda _: None)
-
-    with pytest.raises(LedgerError, match="cannot be synced"):
-        control.commit(leases=[1], trained=[0], skipped=[], version=version)
-
-    assert answers.asked == ["commit", "commit", "counts", "held"]
 
 
 def test_a_damaged_header_costs_no_frame_of_another_schema_behind_it(tmp_path: Path) -> None:
