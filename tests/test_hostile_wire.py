@@ -31,6 +31,7 @@ from asyncflow.store.store import Store
 from tests.processes import wait_until
 from tests.raw_flight import RawFlight, field, flight_data, messages, path_descriptor
 from tests.served_store import ARROW_MEMORY, TOKEN, ServedStore
+from tests.store_server import StoreProcess
 from tests.test_flight import options, pa_join, take
 from tests.test_store import SCHEMA, ids, prompts, responses, rewards
 
@@ -523,6 +524,20 @@ def test_a_small_body_that_unpacks_to_gigabytes_takes_no_memory(target: Target, 
         assert "does not fit into memory" in str(target.put(sent))
 
     assert target.peak_memory - before < ARROW_MEMORY // 2
+
+
+def test_a_store_that_is_served_by_itself_has_this_limit(tmp_path: Path) -> None:
+    """Without it the server would unpack what is sent, and only then see that it is too much."""
+    zeros = pa.array(np.zeros(1 << 28, np.int32))
+    bomb = with_column(prompts(1), "prompt_ids", pa.ListArray.from_arrays(pa.array([0, 1 << 28], pa.int32()), zeros))
+    server = StoreProcess(tmp_path / "store")
+    try:
+        raw = RawFlight(server.location, server.token)
+        with pytest.raises(grpc.RpcError, match="does not fit into memory"):
+            raw.put(stream(bomb, compression="zstd"))
+        raw.close()
+    finally:
+        server.kill()
 
 
 def test_a_put_is_copied_out_of_messages_with_much_that_nobody_needs(target: Target) -> None:

@@ -80,6 +80,11 @@ def serve(
     """Serve the store in a directory, until SIGTERM or Ctrl-C. What is there already goes on, leases included."""
     import logging
 
+    from asyncflow.store.memory import limit_arrow_memory
+
+    if durability is not Durable.memory:  # whose samples are in this very memory
+        limit_arrow_memory()
+
     import pyarrow as pa
 
     from asyncflow.store.home import Address, Home

@@ -223,7 +223,7 @@ def _lease(table: Table, leased: Leased) -> list[Event]:
 
 
 def _give_back(table: Table, first: Returned, events: Sequence[Event]) -> Sequence[Event]:
-    """A worker gave rows back, for now or for good; or leases ran out, perhaps several at once."""
+    """A worker gave rows back, to be tried again or not; or leases ran out, perhaps several at once."""
     lease = table.leases.get(first.lease_id)
     if lease is not None and first.reason == f"the lease of {lease.worker} ran out":
         over = {event.lease_id for event in events if isinstance(event, Returned)}

@@ -281,7 +281,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
     if isinstance(value, np.ndarray) and value.dtype in ARRAYS.values():
         return msgspec.msgpack.Ext(value.dtype.itemsize, value.tobytes())
-    raise NotImplementedError(f"a {type(value).__name__} does not go over the wire")
+    raise TypeError(f"a {type(value).__name__} does not go over the wire")
 
 
 def _decode_array(code: int, data: memoryview) -> NDArray[Any]:

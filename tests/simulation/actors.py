@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ def response_columns(names: Sequence[str], versions: Sequence[tuple[PolicyVersio
 
 
 @dataclass(eq=False)
-class Actor:
+class Actor(ABC):
     world: World
     server: Server
     name: str
@@ -74,7 +75,7 @@ class Actor:
         process = self.process
         self.world.spawn(process, lambda: self._live(process))
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027
         """A new life."""
 
     def _live(self, process: Process) -> None:
@@ -113,8 +114,9 @@ class Actor:
         if not self.process.name.endswith("nobody"):
             self.die()
 
+    @abstractmethod
     def act(self) -> None:
-        raise NotImplementedError
+        """Do one thing."""
 
     @property
     def kind(self) -> str:
