@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +20,7 @@ from asyncflow.store.schema import COLUMNS, Stage
 from asyncflow.store.table import WEIGHTS
 from asyncflow.types import Completion, Int32s, PolicyVersion, Sampling, Timeline
 from asyncflow.workers.arrow import ragged
-from asyncflow.workers.attestation import FreshSamples
+from asyncflow.workers.attestation import Offers
 from asyncflow.workers.base import PATIENCE, Heartbeat, HeldLease, StageWorker
 from asyncflow.workers.host import EngineHost
 
@@ -61,6 +61,20 @@ class _Asked:
     """On the timeline's clock."""
 
 
+class Rollouts(Protocol):
+    """The rollouts of a run, as the others see them; `RolloutWorker`, or one in another process."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """Response tokens so far."""
+
+    def under_way(self) -> list[UnderWay]:
+        """The samples that the engine has now; those that wait to be let in are not among them."""
+
+    def give_up(self, request_id: str, reason: str) -> None:
+        """Cancel a completion and give its sample back with this reason; nothing happens when it has ended."""
+
+
 class RolloutWorker(StageWorker):
     """Consumes prompts, produces completions. Waits for a free place in the engine; a finished sequence makes it."""
 
@@ -77,7 +91,7 @@ class RolloutWorker(StageWorker):
         sampling: Sampling,
         max_concurrency: int,
         seed: int | None,
-        fresh: FreshSamples,
+        fresh: Offers,
     ) -> None:
         super().__init__(stage, store, heartbeat, timeline)
         self._host = host
