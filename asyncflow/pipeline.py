@@ -8,6 +8,9 @@
        │                                  ▼  whole groups, in admission order
      WeightFollower ◄── WeightChannel ◄── ActorUpdate
 
+EngineHost and RolloutWorker are in this process or in one of their own (`runtime.rollout_process`): nobody else sees a
+difference.
+
 Nobody calls the next one. What each one consumes, produces, waits for, and who lets it go on:
 
     part            consumes             produces                 waits for                     until

@@ -38,7 +38,7 @@ from asyncflow.store.client import StoreClient
 from asyncflow.types import Activity, Completion, Int32s, PolicyVersion, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Worker
-from asyncflow.workers.host import LOAD_TIMEOUT, START_TIMEOUT, STOP_TIMEOUT, TURN_TIMEOUT
+from asyncflow.workers.host import START_TIMEOUT, STOP_TIMEOUT, TURN_TIMEOUT, load_timeout
 from asyncflow.workers.rollout import UnderWay
 from asyncflow.workers.side import ENGINE, RolloutSide
 
@@ -270,7 +270,9 @@ class RolloutProcess:
         self._seen = Seen()
         self._fresh = _Fresh(config.attestation.samples, self.tell)
         worker = RemoteRollouts(self, store)
-        self.side = RolloutSide(host=RemoteHost(self, canary), worker=worker, rollouts=worker, fresh=self._fresh)
+        assert config.rollout.timeout is not None, "a plan derives it"
+        host = RemoteHost(self, canary, config.rollout.timeout)
+        self.side = RolloutSide(host=host, worker=worker, rollouts=worker, fresh=self._fresh)
 
     def start(self) -> None:
         """Start the child, and the engine in it. Raises what the engine raises, EngineError when it takes too long."""
@@ -311,6 +313,11 @@ class RolloutProcess:
         """Without an answer. Nothing happens when there is no child."""
         if (link := self._link) is not None:
             link.send(message)
+
+    @property
+    def gone(self) -> bool:
+        """Whether there is no child, or none any more."""
+        return self._end is not None
 
     def look(self) -> Seen:
         """What is under way in the child; what was seen last when it does not answer."""
@@ -412,9 +419,10 @@ class RemoteHost:
 
     name = ENGINE
 
-    def __init__(self, process: RolloutProcess, canary: Int32s | None) -> None:
+    def __init__(self, process: RolloutProcess, canary: Int32s | None, rollout_timeout: float) -> None:
         self._process = process
         self._prompt = canary
+        self._rollout_timeout = rollout_timeout
         self.canary: tuple[Int32s, Completion] | None = None
 
     @property
@@ -447,10 +455,10 @@ class RemoteHost:
 
     def load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
         request = Load(version=snapshot.version, digest=snapshot.digest, path=str(snapshot.path), mode=mode)
-        # At a boundary it waits for what runs, as long as that may take; the child knows how long.
-        timeout = LOAD_TIMEOUT + (TURN_TIMEOUT if mode == "boundary" else 0.0)
         what = f"load version {snapshot.version}"
-        loaded: Loaded = self._process.result(self._process.ask(request), timeout, what)
+        loaded: Loaded = self._process.result(
+            self._process.ask(request), load_timeout(mode, self._rollout_timeout), what
+        )
         if loaded.canary is not None and self._prompt is not None:
             self.canary = self._prompt, loaded.canary
         return Served(version=loaded.version, digest=loaded.digest)
@@ -507,6 +515,6 @@ class RemoteRollouts(Worker):
     def turn(self) -> None:
         self._process.wake.wait(PATIENCE)
         if (failure := self._process.failure) is not None:
-            # It may be dead, and its rows would wait for the end of its leases.
-            self._store.gone(self.name)
+            if self._process.gone:
+                self._store.gone(self.name)  # its rows would wait for the end of its leases
             raise failure

@@ -37,6 +37,11 @@ DRAINED = "rollout"
 """Whom an update at a boundary waits for."""
 
 
+def load_timeout(mode: UpdateMode, rollout_timeout: float) -> float:
+    """Seconds that an update may take where a completion may take `rollout_timeout`."""
+    return LOAD_TIMEOUT + (rollout_timeout if mode == "boundary" else 0.0)
+
+
 class Host(Protocol):
     """Who runs a rollout engine, as the others see it; `EngineHost`, or one in another process."""
 
@@ -155,7 +160,7 @@ class EngineHost:
 
         Raises WeightsError when the engine does not serve what it was given.
         """
-        timeout = LOAD_TIMEOUT + (self._rollout_timeout if mode == "boundary" else 0.0)
+        timeout = load_timeout(mode, self._rollout_timeout)
         served = self._call(self._controlled(self._load(snapshot, mode)), timeout, f"load version {snapshot.version}")
         if (served.version, served.digest) != (snapshot.version, snapshot.digest):
             raise WeightsError(
