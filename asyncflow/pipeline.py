@@ -8,6 +8,9 @@
        │                                  ▼  whole groups, in admission order
      WeightFollower ◄── WeightChannel ◄── ActorUpdate
 
+EngineHost and RolloutWorker are in this process or in one of their own (`runtime.rollout_process`): nobody else sees a
+difference.
+
 Nobody calls the next one. What each one consumes, produces, waits for, and who lets it go on:
 
     part            consumes             produces                 waits for                     until
@@ -35,7 +38,7 @@ from pathlib import Path
 
 from asyncflow.config import Config
 from asyncflow.data import PromptStream, tokenise
-from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
+from asyncflow.engines.base import LearnerEngine, ScorerEngine
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.plan import Plan
 from asyncflow.rundir import DATA, LEDGER
@@ -45,14 +48,13 @@ from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.alarms import Alarms
-from asyncflow.workers.attestation import Attestation, FreshSamples
+from asyncflow.workers.attestation import Attestation
 from asyncflow.workers.base import Heartbeat, Worker
 from asyncflow.workers.evaluator import Evaluator
 from asyncflow.workers.feeder import Feeder
-from asyncflow.workers.host import EngineHost
 from asyncflow.workers.reference import ReferenceWorker
 from asyncflow.workers.reward import RewardWorker
-from asyncflow.workers.rollout import RolloutWorker
+from asyncflow.workers.side import RolloutSide
 from asyncflow.workers.watchdog import Watchdog
 from asyncflow.workers.weights import WeightFollower
 
@@ -61,7 +63,8 @@ class Pipeline:
     """One run, wired and not yet started. `workers` run until the store closes; who runs them is the runtime's matter.
 
     It begins where the store is: at version 0, or where a resumed run goes on. Each part says in `timeline`, under the
-    name of its worker, when it computes and what it waits for. `after_step` is called with each version that was
+    name of its worker, when it computes and what it waits for. `place` makes the rollout side, with the prompt of its
+    canary, where the runtime wants it. `after_step` is called with each version that was
     committed and published, `on_done` once, after the last step.
     """
 
@@ -70,7 +73,7 @@ class Pipeline:
         plan: Plan,
         store: EmbeddedStore,
         *,
-        rollout: RolloutEngine,
+        place: Callable[[Stage, Heartbeat, Int32s | None], RolloutSide],
         learner: LearnerEngine,
         reference: ScorerEngine | None,
         recorder: Recorder,
@@ -79,6 +82,7 @@ class Pipeline:
         on_done: Callable[[], None],
     ) -> None:
         config = plan.config
+        assert config.rollout.timeout is not None, "a plan derives it"
         schema = Schema(stages(config))
         takes_turns = config.placement == "colocated"
         self.store = store
@@ -93,22 +97,10 @@ class Pipeline:
         self.prompts.skip(at.admitted // config.num_generations)
         self.feeder = Feeder(self.prompts, tokens, self.store, timeline)
 
-        # The rollout engine completes them.
-        assert config.rollout.timeout is not None, "a plan derives it"
+        # The rollout engine completes them, in this process or in one of its own.
         canary = tokens(plan.problems.train[0]) if config.attestation.samples else None
-        self.host = EngineHost(rollout, "rollout-0", timeline, rollout_timeout=config.rollout.timeout, canary=canary)
-        fresh = FreshSamples(config.attestation.samples)
-        self.rollout = RolloutWorker(
-            schema.stages["rollout"],
-            self.store,
-            self.heartbeat,
-            timeline,
-            host=self.host,
-            sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
-            max_concurrency=config.rollout.max_concurrency,
-            seed=config.seed if config.deterministic else None,
-            fresh=fresh,
-        )
+        side = place(schema.stages["rollout"], self.heartbeat, canary)
+        self.host, self.rollout, fresh = side.host, side.worker, side.fresh
 
         # The reward functions score them.
         alarms = Alarms(recorder)
@@ -145,7 +137,7 @@ class Pipeline:
             recorder=recorder,
             attestation=Attestation(learner, fresh, config=config, recorder=recorder, alarms=alarms),
             config=config,
-            generated_tokens=lambda: self.rollout.generated_tokens,
+            generated_tokens=lambda: side.rollouts.generated_tokens,
             after_step=after_step,
             on_done=on_done,
             take_turn=self.host.suspend if takes_turns else None,
@@ -179,7 +171,7 @@ class Pipeline:
         self.watchdog = Watchdog(
             self.store,
             self.host,
-            self.rollout,
+            side.rollouts,
             self.learner,
             alarms,
             rollout_timeout=config.rollout.timeout,

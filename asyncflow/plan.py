@@ -44,7 +44,10 @@ class Plan:
     reward: Reward
     repeatable: bool
     """The rollout engine is deterministic."""
+    own_process: bool
+    """The rollout engine is named in the configuration and wants a process of its own."""
     make_rollout: Callable[[], RolloutEngine]
+    """Makes it in this process."""
     make_learner: Callable[[], LearnerEngine]
     make_reference: Callable[[], ScorerEngine] | None = None
     """None without a KL term."""
@@ -100,7 +103,8 @@ def plan(
         problems=problems,
         reward=scorer,
         repeatable=rollout_type.capabilities.deterministic,
-        make_rollout=_rollout_maker(config, rollout, rollout_type, model),
+        own_process=rollout is None and rollout_type.capabilities.own_process,
+        make_rollout=lambda: rollout if rollout is not None else rollout_type.from_config(config, model),
         make_learner=lambda: learner if learner is not None else learner_type.from_config(config, model),
         make_reference=_reference_maker(config, reference, reference_model),
         reference_info=describe_model(reference_model) if config.kl_coef else None,
@@ -162,18 +166,6 @@ def _with_reference(config: Config, reference: ScorerEngine | None, learner: typ
         dtype=asked.dtype or config.learner.dtype,
         micro_batch_tokens=asked.micro_batch_tokens or config.learner.micro_batch_tokens,
     )
-
-
-def _rollout_maker(
-    config: Config, rollout: RolloutEngine | None, named: type[RolloutEngine], model: Path
-) -> Callable[[], RolloutEngine]:
-    if rollout is not None:
-        return lambda: rollout
-    if named.capabilities.own_process:
-        from asyncflow.engines.process import ProcessEngine
-
-        return lambda: ProcessEngine(config, model, named.capabilities)
-    return lambda: named.from_config(config, model)
 
 
 def _reference_maker(config: Config, reference: ScorerEngine | None, model: Path) -> Callable[[], ScorerEngine] | None:

@@ -22,6 +22,7 @@ from asyncflow.runtime.control import ControlClient, ControlServer
 from asyncflow.store.events import Amended
 from asyncflow.store.journal import read_ledger
 from tests.conftest import TINY
+from tests.own_process import OWN
 from tests.processes import DEADLINE, wait_until
 
 # -- the socket --------------------------------------------------------------------------------------------------------
@@ -158,9 +159,10 @@ def address(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def run_without_end(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+def run_without_end(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """A run that goes on until somebody stops it."""
-    settings = ("steps=100000", f"run_dir={run_dir}", "data.eval_size=0", "rollout.options={token_latency: 0.002}")
+    slow = "rollout.options={token_latency: 0.002}"
+    settings = ("steps=100000", f"run_dir={run_dir}", "data.eval_size=0", slow, *overrides)
     process = subprocess.Popen(
         [sys.executable, "-m", "asyncflow.cli", "run", str(TINY), *(x for s in settings for x in ("--set", s))],
         stdout=subprocess.PIPE,
@@ -176,10 +178,10 @@ def run_without_end(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def endless(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A run for a test that steers it."""
+def endless(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """A run for a test that steers it, with the settings that the test asks for."""
     run_dir = tmp_path / "run"
-    with run_without_end(run_dir) as process:
+    with run_without_end(run_dir, *getattr(request, "param", ())) as process:
         yield run_dir, process
 
 
@@ -203,6 +205,7 @@ def asyncflow(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
+@pytest.mark.parametrize("endless", [(), (OWN,)], ids=["here", "own process"], indirect=True)
 def test_a_run_is_paused_changed_and_stopped_from_another_terminal(
     endless: tuple[Path, subprocess.Popen[str]],
 ) -> None:

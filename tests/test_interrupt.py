@@ -17,6 +17,7 @@ import pytest
 from asyncflow.report.audit import audit
 from asyncflow.runtime.metrics import read_metrics
 from tests.conftest import TINY
+from tests.own_process import OWN
 from tests.processes import DEADLINE, wait_until
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -64,6 +65,7 @@ def weight_folders(process: subprocess.Popen[str]) -> set[Path]:
     [
         pytest.param((), id="fake"),
         pytest.param(("placement=colocated", "kl_coef=0.1"), id="colocated"),
+        pytest.param((OWN,), id="own process"),
         pytest.param(("rollout.engine=vllm", "learner.engine=torch"), id="vllm", marks=pytest.mark.vllm),
     ],
 )

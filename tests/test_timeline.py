@@ -94,6 +94,33 @@ def test_what_goes_on_over_the_end_of_a_lap_counts_in_both_for_what_it_took_of_e
     assert (second["stage/actor_update/busy"], second["stage/actor_update/publish"]) == (1.0, 0.25)
 
 
+def test_what_is_heard_late_of_another_process_counts_from_the_last_lap_on_and_its_spans_are_when_they_were(
+    tmp_path: Path, timeline: TraceTimeline, clock: ManualClock
+) -> None:
+    timeline.entered("rollout", "idle", "feeder", clock.monotonic())
+    clock.advance(4.0)
+    timeline.lap()
+    clock.advance(1.0)
+
+    timeline.entered("rollout", "busy", "", clock.monotonic() - 3.0)  # two seconds before the lap
+    load = timeline.began("weights", "load", clock.monotonic() - 2.0)
+    timeline.ended(load, clock.monotonic() - 1.5, {})
+    load = timeline.began("weights", "load", clock.monotonic() - 1.5)
+    timeline.ended(load, clock.monotonic() - 0.5, {})
+    shares = timeline.lap()
+    timeline.left("rollout", clock.monotonic())
+    timeline.close()
+
+    assert (shares["stage/rollout/busy"], shares["stage/rollout/idle"], shares["stage/weights/load"]) == (1.0, 0.0, 0.5)
+    took = [(track, name, ended - began) for track, name, began, ended in spans(tmp_path / "trace.json")]
+    assert took == [
+        ("rollout", "idle", 2.0),
+        ("weights", "load", 0.5),
+        ("weights", "load", 1.0),
+        ("rollout", "busy", 3.0),
+    ]
+
+
 def test_the_waits_of_a_part_that_is_not_busy_add_up_to_the_rest_of_its_time(
     timeline: TraceTimeline, clock: ManualClock
 ) -> None:

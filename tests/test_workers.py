@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,25 @@ import pyarrow as pa
 import pytest
 
 from asyncflow.clock import ManualClock
+from asyncflow.engines.fake import FakeRollout
+from asyncflow.engines.models import resolve_model
 from asyncflow.errors import LeaseLost
+from asyncflow.launch import resolve
+from asyncflow.pipeline import stages
+from asyncflow.runtime.timeline import NoTimeline
 from asyncflow.store.client import Lease
 from asyncflow.store.lifecycle import State
-from asyncflow.types import PolicyVersion
+from asyncflow.store.schema import Schema
+from asyncflow.store.store import EmbeddedStore
+from asyncflow.types import PolicyVersion, Sampling
 from asyncflow.workers.actor_update import groups_of
+from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import Heartbeat, HeldLease
-from tests.test_store import Bench, ids, responses
+from asyncflow.workers.host import EngineHost
+from asyncflow.workers.rollout import RolloutWorker
+from tests.conftest import TINY
+from tests.processes import DEADLINE, wait_until
+from tests.test_store import Bench, ids, prompts, responses, terms
 
 
 class Held:
@@ -141,6 +154,62 @@ def test_renewing_a_lease_that_ran_out_says_so_before_anything_is_done_with_its_
 
     with pytest.raises(LeaseLost):
         one.held.renew()
+
+
+class Slow:
+    """A store whose first ack takes until it is released."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.release = threading.Event()
+        self.acked: list[int] = []
+        """Rows of each ack."""
+
+    def ack(self, lease_id: int, sample_ids: Sequence[int], columns: Any = None) -> None:
+        self.acked.append(len(sample_ids))
+        assert self.release.wait(DEADLINE)
+        self._store.ack(lease_id, sample_ids, columns)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_an_engine_does_not_wait_for_a_slow_store_which_then_gets_all_that_has_gathered_at_once(
+    tmp_path: Path,
+) -> None:
+    schema = Schema(stages(resolve(TINY)))
+    store = EmbeddedStore.create(
+        schema, terms(train_batch_size=12, num_generations=12), ledger=tmp_path / "ledger.sqlite"
+    )
+    store.serve("rollout-0", PolicyVersion(n=0))
+    store.admit(prompts(1), timeout=0.0)
+    slow = Slow(store)
+    host = EngineHost(FakeRollout(resolve_model("tiny")), "rollout-0", NoTimeline())
+    worker = RolloutWorker(
+        schema.stages["rollout"],
+        slow,
+        Heartbeat(store),
+        NoTimeline(),
+        host=host,
+        sampling=Sampling(max_new_tokens=8),
+        max_concurrency=12,
+        seed=None,
+        fresh=FreshSamples(0),
+    )
+    host.start()
+
+    worker.turn()
+    wait_until(lambda: host.finished == 12)
+    slow.release.set()
+    wait_until(lambda: store.counts().states.get("generated") == 12)
+
+    assert sum(slow.acked) == 12
+    assert len(slow.acked) <= 2
+    lease = store.lease("reward", worker="reward", max_rows=12, ttl=60.0, timeout=0.0)
+    assert lease is not None
+    assert [len(tokens) > 0 for tokens in lease.data.column("response_ids").to_pylist()] == [True] * 12
+    host.stop()
+    store.close()
 
 
 def test_tokens_that_are_too_old_take_no_part_in_the_loss() -> None:

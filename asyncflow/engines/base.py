@@ -36,7 +36,7 @@ class Capabilities:
     """Can give memory back while it generates nothing (`sleep`, `wake`)."""
     own_process: bool = False
     """Works in Python for every token. Named in a configuration, it gets a process of its own, so that the learner does
-    not wait for the interpreter (`asyncflow.engines.process`)."""
+    not wait for the interpreter."""
 
 
 @dataclass(frozen=True, kw_only=True)

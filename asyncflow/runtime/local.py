@@ -1,4 +1,4 @@
-"""Runs a pipeline in this process: workers in threads, the rollout engine in a process that it brings itself.
+"""Runs a pipeline on this machine: workers in threads of this process, the rollout side here or in one of its own.
 
 Order of a run that goes well: load both engines → publish version 0 and serve it → evaluate → start the workers → wait
 for the last step → stop the workers → serve the last version → evaluate → stop the engine → save the weights → close
@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -34,13 +35,17 @@ from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SAMPLES, SUMMARY, TRA
 from asyncflow.runtime.checkpoint import Checkpoint, Checkpointer, read, remove_unfinished
 from asyncflow.runtime.control import ControlServer
 from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
+from asyncflow.runtime.rollout_process import RolloutProcess
 from asyncflow.runtime.samples import SampleLog
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
 from asyncflow.runtime.timeline import Doing, TraceTimeline
 from asyncflow.store.client import Counts
+from asyncflow.store.flight import StoreServer
+from asyncflow.store.schema import Stage
 from asyncflow.store.store import EmbeddedStore
-from asyncflow.types import PolicyVersion
-from asyncflow.workers.base import Worker
+from asyncflow.types import Int32s, PolicyVersion
+from asyncflow.workers.base import Heartbeat, Worker
+from asyncflow.workers.side import RolloutSide, Surroundings, side_here
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +192,8 @@ class _Run:
         self._timeline = TraceTimeline(run_dir / TRACE)
         self._supervisor = Supervisor()
         self._store: EmbeddedStore | None = None
+        self._server: StoreServer | None = None
+        """For the rollout side in a process of its own."""
         self._pipeline: Pipeline | None = None
         self._checkpointer: Checkpointer | None = None
         self._control: ControlServer | None = None
@@ -204,7 +211,7 @@ class _Run:
         pipeline = self._pipeline = Pipeline(
             self._plan,
             self._store,
-            rollout=self._plan.make_rollout(),
+            place=self._place,
             learner=learner if learner is not None else self._plan.make_learner(),
             reference=self._plan.make_reference() if self._plan.make_reference is not None else None,
             recorder=self._metrics,
@@ -234,6 +241,26 @@ class _Run:
         self._supervisor.check()
         pipeline.weights.follow(0)
         self._accuracy["after"] = pipeline.evaluator.evaluate(pipeline.learner.version.n)
+
+    def _place(self, stage: Stage, heartbeat: Heartbeat, canary: Int32s | None) -> RolloutSide:
+        """Make the rollout side where the engine wants it."""
+        plan, store, timeline = self._plan, self._store, self._timeline
+        assert store is not None, "the ledger comes first"
+        if not plan.own_process:
+            around = Surroundings(config=plan.config, stage=stage, store=store, heartbeat=heartbeat, timeline=timeline)
+            return side_here(plan.make_rollout(), around, canary=canary)
+        token = secrets.token_urlsafe(32)
+        self._server = StoreServer(store, token=token)
+        process = RolloutProcess(
+            plan.config,
+            plan.model,
+            store=store,
+            location=self._server.location,
+            token=token,
+            timeline=timeline,
+            canary=canary,
+        )
+        return process.side
 
     def _begin(self) -> tuple[None, EmbeddedStore]:
         # The ledger first: whatever happens from here on, the run can be audited.
@@ -405,8 +432,8 @@ class _Run:
             _attempt("complete the last checkpoint", self._checkpointer.close)
         if self._control is not None:
             _attempt("close the control socket", self._control.close)
-        if self._store is not None:
-            _attempt("close the store", self._store.close)
+        if (store := self._server or self._store) is not None:
+            _attempt("close the store", store.close)
         if self._samples is not None:
             _attempt("write the last samples", self._samples.close)
         _attempt("close the metrics", self._metrics.close)

@@ -56,7 +56,8 @@ class Supervisor:
 
     def wait(self) -> None:
         """Wait until somebody calls `finish`. Raises RunFailed as soon as a worker fails."""
-        self._wake.wait()
+        while not self._wake.wait(PATIENCE):
+            pass  # a signal whose handler ran while the main thread fell asleep is seen only when it wakes
         self.check()
 
     @property

@@ -140,36 +140,21 @@ class TraceTimeline:
         return self._clock.monotonic()
 
     def enter(self, track: str, activity: Activity, cause: str = "") -> None:
-        with self._lock:
-            doing = self._doing.get(track)
-            if doing is not None and doing.name == activity and doing.cause == cause:
-                return
-            now = self._clock.monotonic()
-            self._end(doing, now)
-            self._doing[track] = _Open(track, activity, cause, now, now)
+        self.entered(track, activity, cause, None)
 
     def leave(self, track: str) -> None:
-        with self._lock:
-            self._end(self._doing.pop(track, None), self._clock.monotonic())
+        self.left(track, None)
 
     @contextmanager
     def span(self, track: str, name: str, **args: Any) -> Iterator[None]:
-        began = self._clock.monotonic()
-        work = _Open(track, name, "", began, began)
-        with self._lock:
-            self._work[id(work)] = work
+        work = self.began(track, name, None)
         try:
             yield
         finally:
-            with self._lock:
-                del self._work[id(work)]
-                ended = self._clock.monotonic()
-                self._seconds[f"stage/{track}/{name}"] += ended - work.counted
-                self._spans.append((track, name, WORK, began, ended, args))
+            self.ended(work, None, args)
 
     def record(self, track: str, name: str, began: float, **args: Any) -> None:
-        with self._lock:
-            self._spans.append((track, name, WORK, began, self._clock.monotonic(), args))
+        self.recorded(track, name, began, self._clock.monotonic(), args)
 
     def add(self, track: str, name: str, seconds: float) -> None:
         with self._lock:
@@ -188,6 +173,41 @@ class TraceTimeline:
             self._seconds.clear()
         self.flush()
         return shares
+
+    # -- for another process of this host, whose clock is the same, and which is heard a little later ------------------
+
+    def entered(self, track: str, activity: Activity, cause: str, at: float | None) -> None:
+        """`enter` at a time, as of all below; None is now. Shares of laps that have ended stay as they are."""
+        with self._lock:
+            doing = self._doing.get(track)
+            if doing is not None and doing.name == activity and doing.cause == cause:
+                return
+            now = self._clock.monotonic() if at is None else at
+            self._end(doing, now)
+            self._doing[track] = _Open(track, activity, cause, now, max(now, self._lap_began))
+
+    def left(self, track: str, at: float | None) -> None:
+        with self._lock:
+            self._end(self._doing.pop(track, None), self._clock.monotonic() if at is None else at)
+
+    def began(self, track: str, name: str, at: float | None) -> _Open:
+        """What is given back is for `ended`."""
+        with self._lock:
+            now = self._clock.monotonic() if at is None else at
+            work = _Open(track, name, "", now, max(now, self._lap_began))
+            self._work[id(work)] = work
+        return work
+
+    def ended(self, work: _Open, at: float | None, args: Mapping[str, Any]) -> None:
+        with self._lock:
+            del self._work[id(work)]
+            now = self._clock.monotonic() if at is None else at
+            self._seconds[f"stage/{work.track}/{work.name}"] += max(0.0, now - work.counted)
+            self._spans.append((work.track, work.name, WORK, work.began, now, args))
+
+    def recorded(self, track: str, name: str, began: float, ended: float, args: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._spans.append((track, name, WORK, began, ended, args))
 
     # -- for the runtime -----------------------------------------------------------------------------------------------
 
@@ -233,11 +253,11 @@ class TraceTimeline:
         if doing is not None:
             self._count(doing, now)
             args = {"cause": doing.cause} if doing.cause else {}
-            self._spans.append((doing.track, doing.name, ACTIVITY, doing.began, now, args))
+            self._spans.append((doing.track, doing.name, ACTIVITY, doing.began, max(now, doing.began), args))
 
     def _count(self, doing: _Open, now: float) -> None:
-        stage, seconds = f"stage/{doing.track}", now - doing.counted
-        doing.counted = now
+        stage, seconds = f"stage/{doing.track}", max(0.0, now - doing.counted)
+        doing.counted = max(now, doing.counted)
         for activity in ("busy", "idle", "blocked"):
             self._seconds[f"{stage}/{activity}"] += seconds if doing.name == activity else 0.0
         if doing.cause:

@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,6 +50,17 @@ class Canary:
 
     version: PolicyVersion
     sample: TrainSample
+
+
+class Offers(Protocol):
+    """Whom completions are offered to as they come: `FreshSamples`, or one in another process."""
+
+    @property
+    def epoch(self) -> int:
+        """See `FreshSamples`."""
+
+    def offer(self, sample_id: int, group_id: int, prompt_ids: Int32s, completion: Completion, *, epoch: int) -> None:
+        """See `FreshSamples`."""
 
 
 class FreshSamples:

@@ -12,7 +12,7 @@ from asyncflow.errors import EngineError, RewardTimeout
 from asyncflow.rewards import Reward, RewardFailure, RewardInput, RewardOutput
 from asyncflow.types import Int32s, PolicyVersion, Prompt, Recorder, Sampling, Timeline
 from asyncflow.workers.base import PATIENCE, Worker
-from asyncflow.workers.host import EngineHost
+from asyncflow.workers.host import Host
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Evaluator(Worker):
 
     def __init__(
         self,
-        host: EngineHost,
+        host: Host,
         problems: Sequence[Prompt],
         tokenise: Callable[[Prompt], Int32s],
         *,

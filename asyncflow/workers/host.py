@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, Protocol, TypeVar
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.engines.base import GenerationRequest, RolloutEngine, Served, WeightSnapshot
@@ -35,6 +35,47 @@ REMEMBERED = 256
 """Completions whose duration is remembered."""
 DRAINED = "rollout"
 """Whom an update at a boundary waits for."""
+
+
+def load_timeout(mode: UpdateMode, rollout_timeout: float) -> float:
+    """Seconds that an update may take where a completion may take `rollout_timeout`."""
+    return LOAD_TIMEOUT + (rollout_timeout if mode == "boundary" else 0.0)
+
+
+class Host(Protocol):
+    """Who runs a rollout engine, as the others see it; `EngineHost`, or one in another process."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def canary(self) -> tuple[Int32s, Completion] | None:
+        """The canary prompt and how it was completed after the last load."""
+
+    @property
+    def finished(self) -> int:
+        """Completions so far, those of evaluations included."""
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it is the learner's turn, which its next publication ends."""
+
+    def start(self) -> None:
+        """See `EngineHost`, as of all below."""
+
+    def submit(self, request: GenerationRequest) -> Future[Completion]: ...
+
+    def durations(self) -> list[float]: ...
+
+    def load(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served: ...
+
+    def suspend(self) -> None: ...
+
+    def turn_when_idle(self) -> AbstractContextManager[None]: ...
+
+    def cancel(self) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 class EngineHost:
@@ -119,7 +160,7 @@ class EngineHost:
 
         Raises WeightsError when the engine does not serve what it was given.
         """
-        timeout = LOAD_TIMEOUT + (self._rollout_timeout if mode == "boundary" else 0.0)
+        timeout = load_timeout(mode, self._rollout_timeout)
         served = self._call(self._controlled(self._load(snapshot, mode)), timeout, f"load version {snapshot.version}")
         if (served.version, served.digest) != (snapshot.version, snapshot.digest):
             raise WeightsError(
@@ -141,11 +182,19 @@ class EngineHost:
 
         Raises EngineError after `TURN_TIMEOUT`, Closed when the run is ending.
         """
-        self._call(self._suspend("reference"), TURN_TIMEOUT, "become idle")
+        self.begin_turn()
         try:
             yield
         finally:
-            self._call(self._resume(), TURN_TIMEOUT, "resume")
+            self.end_turn()
+
+    def begin_turn(self) -> None:
+        """See `turn_when_idle`."""
+        self._call(self._suspend("reference"), TURN_TIMEOUT, "become idle")
+
+    def end_turn(self) -> None:
+        """See `turn_when_idle`."""
+        self._call(self._resume(), TURN_TIMEOUT, "resume")
 
     def cancel(self) -> None:
         """Cancel all completions that are under way, and whoever waits for a turn: the run is ending. From any thread;

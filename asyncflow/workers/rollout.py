@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import heapq
 import threading
-from concurrent.futures import Future
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from asyncflow.engines.base import GenerationRequest
-from asyncflow.errors import Closed, EngineError, PromptTooLong
+from asyncflow.errors import EngineError, PromptTooLong, StoreError
 from asyncflow.store.client import LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
 from asyncflow.store.table import WEIGHTS
 from asyncflow.types import Completion, Int32s, PolicyVersion, Sampling, Timeline
 from asyncflow.workers.arrow import ragged
-from asyncflow.workers.attestation import FreshSamples
+from asyncflow.workers.attestation import Offers
 from asyncflow.workers.base import PATIENCE, Heartbeat, HeldLease, StageWorker
 from asyncflow.workers.host import EngineHost
 
@@ -61,6 +63,20 @@ class _Asked:
     """On the timeline's clock."""
 
 
+class Rollouts(Protocol):
+    """The rollouts of a run, as the others see them; `RolloutWorker`, or one in another process."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """Response tokens so far."""
+
+    def under_way(self) -> list[UnderWay]:
+        """The samples that the engine has now; those that wait to be let in are not among them."""
+
+    def give_up(self, request_id: str, reason: str) -> None:
+        """Cancel a completion and give its sample back with this reason; nothing happens when it has ended."""
+
+
 class RolloutWorker(StageWorker):
     """Consumes prompts, produces completions. Waits for a free place in the engine; a finished sequence makes it."""
 
@@ -77,7 +93,7 @@ class RolloutWorker(StageWorker):
         sampling: Sampling,
         max_concurrency: int,
         seed: int | None,
-        fresh: FreshSamples,
+        fresh: Offers,
     ) -> None:
         super().__init__(stage, store, heartbeat, timeline)
         self._host = host
@@ -92,8 +108,21 @@ class RolloutWorker(StageWorker):
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._asked: dict[str, _Asked] = {}
+        self._ended: deque[_Asked] = deque()
+        """Completed, and not in the store yet …"""
+        self._unsettled = 0
+        """… and how many these are, with those that are just brought there."""
+        self._settler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="settler")
+        """Brings completions into the store, so that the engine does not wait for it."""
         self.generated_tokens = 0
         """Response tokens so far."""
+
+    def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
+        """See `Worker`. What has been completed is in the store when it returns."""
+        try:
+            super().run(stopping, going)
+        finally:
+            self._settler.submit(self._settle).result()
 
     def room(self) -> int:
         with self._changed:
@@ -157,7 +186,7 @@ class RolloutWorker(StageWorker):
     def _rest(self) -> None:
         """Say in the timeline why nothing runs, when that is so. Under the lock."""
         if len(self._lanes) == self._places:
-            if self._free < self._places:
+            if self._free + self._unsettled < self._places:
                 self.timeline.enter(self.name, "blocked", WEIGHTS)
             else:
                 self.timeline.enter(self.name, "idle", self.store.awaited(self.name))
@@ -182,19 +211,39 @@ class RolloutWorker(StageWorker):
 
     def _finish(self, asked: _Asked) -> None:
         """Runs in the engine's thread when a sequence has ended in whatever way, or in that of who gave it up."""
-        try:
+        complete = False
+        with self._failing():
             self._end(asked)
-            self._settle(asked)
+            complete = self._is_complete(asked)
+            if not complete:
+                self._give_back(asked)
+        if not complete:
+            self._leave([asked])
+            return
+        with self._changed:
+            self._unsettled += 1
+        self._ended.append(asked)
+        self._settler.submit(self._settle)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What is raised inside is a failure of this worker."""
+        try:
+            yield
         except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error
-        finally:
-            with self._changed:
-                del self._asked[asked.request.request_id]
-                self._free += 1
-                self._changed.notify_all()
-                with suppress(Closed):  # nobody asks any more
-                    self._rest()
+
+    def _leave(self, asked: Sequence[_Asked], *, settled: int = 0) -> None:
+        """These make room."""
+        with self._changed:
+            for one in asked:
+                del self._asked[one.request.request_id]
+            self._free += len(asked)
+            self._unsettled -= settled
+            self._changed.notify_all()
+            with suppress(StoreError):  # nobody asks any more
+                self._rest()
 
     def _end(self, asked: _Asked) -> None:
         """The sequence leaves its lane."""
@@ -216,9 +265,13 @@ class RolloutWorker(StageWorker):
             heapq.heappush(self._lanes, asked.lane)
             self._emptied[asked.lane] = self.timeline.now()
 
-    def _settle(self, asked: _Asked) -> None:
-        held, row, done = asked.held, asked.row, asked.future
-        ids = (row.sample_id,)
+    def _is_complete(self, asked: _Asked) -> bool:
+        done = asked.future
+        return not done.cancelled() and done.exception() is None and fault_of(done.result()) is None
+
+    def _give_back(self, asked: _Asked) -> None:
+        """A sample without a completion that can be used. Raises EngineError when the engine cannot go on."""
+        held, done, ids = asked.held, asked.future, (asked.row.sample_id,)
         if done.cancelled():
             # Otherwise the run is ending: as when it is killed, that is no failed attempt of the sample.
             if asked.given_up:
@@ -231,13 +284,29 @@ class RolloutWorker(StageWorker):
             held.nack(ids, f"{type(error).__name__}: {error}")
             if isinstance(error, EngineError):
                 raise error
-        elif fault := fault_of(done.result()):
-            held.nack(ids, f"the engine returned a completion that cannot be used: {fault}")
         else:
-            completion = done.result()
+            fault = fault_of(done.result())
+            held.nack(ids, f"the engine returned a completion that cannot be used: {fault}")
+
+    def _settle(self) -> None:
+        """Bring all that has been completed into the store, what belongs to one lease at once."""
+        with self._changed:
+            ended = [self._ended.popleft() for _ in range(len(self._ended))]
+            leases: dict[int, list[_Asked]] = {}
+            for asked in ended:
+                leases.setdefault(asked.held.lease.lease_id, []).append(asked)
+        for together in leases.values():
+            with self._failing():
+                self._bring_in(together)
+            self._leave(together, settled=len(together))
+
+    def _bring_in(self, together: Sequence[_Asked]) -> None:
+        completions = [asked.future.result() for asked in together]
+        for asked, completion in zip(together, completions, strict=True):
+            row = asked.row
             self.generated_tokens += len(completion.token_ids)
             self._fresh.offer(row.sample_id, row.group_id, asked.request.prompt_ids, completion, epoch=asked.epoch)
-            held.ack(ids, completion_columns(completion))
+        together[0].held.ack([asked.row.sample_id for asked in together], completion_columns(completions))
 
 
 def fault_of(completion: Completion) -> str | None:
@@ -254,14 +323,14 @@ def fault_of(completion: Completion) -> str | None:
     return None
 
 
-def completion_columns(completion: Completion) -> pa.RecordBatch:
-    """One completion as the rollout stage's columns, one row."""
+def completion_columns(completions: Sequence[Completion]) -> pa.RecordBatch:
+    """Completions as the rollout stage's columns, one row each."""
     values = {
-        "response_ids": completion.token_ids,
-        "rollout_logprobs": completion.logprobs,
-        "token_versions": completion.token_versions,
-        "response": completion.text,
-        "finish_reason": completion.finish_reason,
+        "response_ids": [made.token_ids for made in completions],
+        "rollout_logprobs": [made.logprobs for made in completions],
+        "token_versions": [made.token_versions for made in completions],
+        "response": [made.text for made in completions],
+        "finish_reason": [made.finish_reason for made in completions],
     }
-    arrays = [pa.array([value], COLUMNS[name]) for name, value in values.items()]
+    arrays = [pa.array(rows, COLUMNS[name]) for name, rows in values.items()]
     return pa.RecordBatch.from_arrays(arrays, names=list(values))

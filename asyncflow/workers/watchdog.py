@@ -21,8 +21,8 @@ from asyncflow.store.client import Counts, StoreClient, Waited
 from asyncflow.workers.actor_update import ActorUpdate
 from asyncflow.workers.alarms import Alarms
 from asyncflow.workers.base import PATIENCE, Worker
-from asyncflow.workers.host import EngineHost
-from asyncflow.workers.rollout import RolloutWorker, UnderWay
+from asyncflow.workers.host import Host
+from asyncflow.workers.rollout import Rollouts, UnderWay
 
 SLOW_FACTOR = 10.0
 """A completion is slow when it takes this many times as long as the median of the others …"""
@@ -100,8 +100,8 @@ class Watchdog(Worker):
     def __init__(
         self,
         store: StoreClient,
-        host: EngineHost,
-        rollout: RolloutWorker,
+        host: Host,
+        rollout: Rollouts,
         learner: ActorUpdate,
         alarms: Alarms,
         *,

@@ -12,7 +12,7 @@ from asyncflow.store.table import WEIGHTS
 from asyncflow.types import PolicyVersion, Recorder, Timeline, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Worker
-from asyncflow.workers.host import EngineHost
+from asyncflow.workers.host import Host
 
 PUBLISHER = "actor_update"
 """Whom it waits for until there is a version."""
@@ -25,7 +25,7 @@ class WeightFollower(Worker):
 
     def __init__(
         self,
-        host: EngineHost,
+        host: Host,
         channel: WeightChannel,
         store: StoreClient,
         recorder: Recorder,
