@@ -319,6 +319,10 @@ class SegmentDisk(Shelf):
             return False
         return True
 
+    def is_hurt(self, frame: int) -> bool:
+        """Whether something has happened to a frame, or its segment is gone: then it may be refused."""
+        return frame in self.hurt or segment_of(frame) not in self.files
+
     def parse(self, frame: int) -> pa.RecordBatch:
         segment, offset = segment_of(frame), frame & ((1 << OFFSET_BITS) - 1)
         file = self.files.get(segment)
