@@ -192,7 +192,7 @@ class Journal:
         finally:
             with self._turn:
                 self._leading = False
-                self._failed = failed
+                self._failed = self._failed or failed
                 if failed is None:
                     self._synced = max(self._synced, reached)
                 self._turn.notify_all()
