@@ -298,6 +298,7 @@ class Broker:
                 segments=self._account.segments,
                 waiting=waiting,
                 awaited={topic: self.awaited(topic) for topic in waiting},
+                durability=self.durability,
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
