@@ -657,7 +657,7 @@ def test_calls_that_wait_are_bounded_and_keep_nobody_else_from_an_answer(fresh: 
 class Limited:
     """A store in this process whose server takes few puts at a time."""
 
-    def __init__(self, folder: Path, **limits: int) -> None:
+    def __init__(self, folder: Path, **limits: Any) -> None:
         self.store = EmbeddedStore.create(SCHEMA, terms(), ledger=folder / "ledger.sqlite", data=folder / "data")
         self.store.serve("engine", PolicyVersion(n=0))
         self.server = StoreServer(self.store, token=TOKEN, **limits)
@@ -695,7 +695,7 @@ class Limited:
 def limited(tmp_path: Path) -> Iterator[Callable[..., Limited]]:
     made: list[Limited] = []
 
-    def make(**limits: int) -> Limited:
+    def make(**limits: Any) -> Limited:
         made.append(Limited(tmp_path, **limits))
         return made[-1]
 

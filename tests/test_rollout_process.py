@@ -109,7 +109,7 @@ def test_an_error_is_the_same_in_another_process_and_one_that_is_not_ours_keeps_
 class Bench:
     """A rollout side in a process of its own, and the store that it works for."""
 
-    def __init__(self, folder: Path, engine: str = "InOwnProcess", patience: float = 30.0, **options: Any) -> None:
+    def __init__(self, folder: Path, engine: str = "InOwnProcess", *, patience: float = 30.0, **options: Any) -> None:
         settings = [
             f"rollout.engine=tests.own_process:{engine}",
             f"rollout.options={options}",
