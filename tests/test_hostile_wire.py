@@ -663,6 +663,8 @@ class Limited:
         self.server = StoreServer(self.store, token=TOKEN, **limits)
         self.raw = RawFlight(self.server.location, TOKEN)
         self.ends: list[threading.Event] = []
+        self.calls: list[Any] = []
+        """A call that nobody has any more is cancelled."""
 
     def begin(self, *messages: bytes) -> threading.Event:
         """A put of these messages that ends when the event is set."""
@@ -673,7 +675,7 @@ class Limited:
             yield from messages
             end.wait()
 
-        self.raw.channel.stream_stream(f"{SERVICE}/DoPut")(sent(), metadata=self.raw.metadata)
+        self.calls.append(self.raw.channel.stream_stream(f"{SERVICE}/DoPut")(sent(), metadata=self.raw.metadata))
         return end
 
     def refusal(self) -> str:
