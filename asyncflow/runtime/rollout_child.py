@@ -238,7 +238,7 @@ class Child:
             os.sched_setaffinity(0, config.rollout.cores)
         engine = rollout_class(config.rollout.engine).from_config(config, model)
         self._offers = ToldOffers(config.attestation.samples > 0, self._link.send)
-        store = self._store = connect(request.store, token=request.token)
+        store = self._store = connect(request.store, token=request.token, patience=request.patience)
         self._heartbeat = Heartbeat(store)
         around = Surroundings(
             config=config,

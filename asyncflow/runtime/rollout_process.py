@@ -35,6 +35,7 @@ from asyncflow.errors import EngineError
 from asyncflow.runtime.link import Failure, Link, Message
 from asyncflow.runtime.timeline import TraceTimeline
 from asyncflow.store.client import StoreClient
+from asyncflow.store.remote import PATIENCE as STORE_PATIENCE
 from asyncflow.types import Activity, Completion, Int32s, PolicyVersion, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Worker
@@ -65,6 +66,8 @@ class Start(Message, frozen=True, kw_only=True):
     """Its Flight location …"""
     token: str
     """… and what it asks for."""
+    patience: float
+    """Seconds for which a call waits for it when it cannot be reached."""
     canary: Int32s | None
 
 
@@ -248,8 +251,10 @@ class RolloutProcess:
         token: str,
         timeline: TraceTimeline,
         canary: Int32s | None,
+        patience: float = STORE_PATIENCE,
     ) -> None:
-        """Start nothing. `location` and `token`: where the child reaches the same store."""
+        """Start nothing. `location` and `token`: where the child reaches the same store; `patience`: seconds for which
+        each of its calls waits for it."""
         self.process: subprocess.Popen[bytes] | None = None
         self.suspended = False
         """As the child said last."""
@@ -258,7 +263,12 @@ class RolloutProcess:
         self.failure: Exception | None = None
         """Why the child's workers cannot go on."""
         self._start = Start(
-            config=config.model_dump_json(), model=str(model), store=location, token=token, canary=canary
+            config=config.model_dump_json(),
+            model=str(model),
+            store=location,
+            token=token,
+            patience=patience,
+            canary=canary,
         )
         self._timeline = timeline
         self._link: Link | None = None

@@ -308,6 +308,7 @@ class Broker:
                 segments=self._account.segments,
                 waiting=waiting,
                 awaited={topic: self._awaited(topic) for topic in waiting},
+                durability=self.durability,
             )
 
     def waited_for(self) -> tuple[Waited, ...]:

@@ -167,6 +167,8 @@ class Stat:
     """Stage, or `admission` → calls that wait, where there are some."""
     awaited: Mapping[str, str]
     """… → what they wait for (`Management.awaited`)."""
+    durability: str | None = None
+    """What an acknowledged put survives (`Durability`); None: not known, since nobody serves the store."""
 
 
 class Management(Protocol):

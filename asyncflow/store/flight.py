@@ -83,9 +83,11 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         host: str = "127.0.0.1",
         port: int = 0,
         tls: tuple[bytes, bytes] | None = None,
+        most_puts: int = MAX_PUTS,
+        most_together: int = MAX_PUT_TOGETHER,
     ) -> None:
-        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. Raises OSError for an address that
-        cannot be had."""
+        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. `most_puts` may be under way at the
+        same time, and have `most_together` bytes. Raises OSError for an address that cannot be had."""
         scheme = "grpc" if tls is None else "grpc+tls"
         super().__init__(
             f"{scheme}://{host}:{port}",
@@ -97,8 +99,8 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         self._unnamed = _Unnamed(store)
         self._calls = _calls(store, self._unnamed)
         self._waiting = _Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
-        self._puts = _Places(MAX_PUTS, "too many puts are under way", "end one first")
-        self._received = _Received()
+        self._puts = _Places(most_puts, "too many puts are under way", "end one first")
+        self._received = _Received(most_together)
         self._ending = threading.Thread(target=self.shutdown, name="store-shutdown", daemon=True)
 
     def close(self) -> None:
@@ -333,8 +335,9 @@ class _Places:
 class _Received:
     """The bytes of all puts under way: who never ends his put keeps what he has sent in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self._lock = threading.Lock()
+        self._most = most
         self._bytes = 0
 
     @contextmanager
@@ -348,9 +351,9 @@ class _Received:
     def add(self, size: int) -> None:
         """Raises FlightUnavailableError for more than there is room for now."""
         with self._lock:
-            if size > 0 and self._bytes + size > MAX_PUT_TOGETHER:
+            if size > 0 and self._bytes + size > self._most:
                 raise fl.FlightUnavailableError(
-                    f"the puts under way have {self._bytes} bytes and {MAX_PUT_TOGETHER} are allowed: try again when "
+                    f"the puts under way have {self._bytes} bytes and {self._most} are allowed: try again when "
                     "some have ended"
                 )
             self._bytes += size
