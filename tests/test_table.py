@@ -100,7 +100,9 @@ class Bench:
         assert leased is not None, f"nothing is ready for {stage}"
         return leased
 
-    def ack(self, lease: Leased, rows: Sequence[int] | None = None, *, version: int = 0, tokens: int = 5) -> None:
+    def ack(
+        self, lease: Leased, rows: Sequence[int] | None = None, *, version: int = 0, tokens: int = 5, frame: int = 1
+    ) -> None:
         rows = lease.rows if rows is None else rows
         columns, packed = self.table.schema.writes[lease.stage], PolicyVersion(n=version).packed
         if lease.stage != "rollout":
@@ -112,7 +114,7 @@ class Bench:
                 lease.lease_id,
                 rows,
                 columns=columns,
-                frame=1,
+                frame=frame,
                 tokens=[tokens] * many,
                 oldest=[packed] * many,
                 newest=[packed] * many,
@@ -303,7 +305,8 @@ def test_an_ack_says_for_whom_something_became_possible() -> None:
     (leased,) = bench.table.lease("rollout", worker="w", max_rows=1, max_tokens=None, deadline=1.0)
     bench.table.apply(leased)
 
-    (acked,) = bench.table.ack(1, [0], columns=bench.table.schema.writes["rollout"], frame=1)
+    columns = bench.table.schema.writes["rollout"]
+    (acked,) = bench.table.ack(1, [0], columns=columns, frame=1, tokens=[5], oldest=[0], newest=[0])
 
     assert bench.table.apply(acked) == {"reward", "judge"}
 
@@ -647,7 +650,7 @@ def test_rows_are_acked_once() -> None:
     bench.ack(lease, [0])
 
     with pytest.raises(LeaseLost):
-        bench.ack(lease, [0])
+        bench.ack(lease, [0], frame=3)
     with pytest.raises(IllegalTransition, match="names a sample twice"):
         bench.ack(lease, [1, 1])
 

@@ -251,6 +251,10 @@ class Rows:
         flags: Flags = (self.state[index] < len(OPEN_STATES)) | self.kept[index]
         return flags
 
+    def has_entry(self, ids: Ids) -> Flags:
+        """Which of these numbers are samples of which something is known."""
+        return (ids >= self.base) & (ids < self.end)
+
     def is_open(self, ids: Ids) -> Flags:
         """Which of these are samples that have not ended; any number may be asked for."""
         inside = (ids >= self.base) & (ids < self.end)

@@ -27,7 +27,9 @@ from numpy.typing import NDArray
 from asyncflow.errors import IllegalTransition, LeaseLost, StalenessViolation, StoreError
 from asyncflow.store.balance import balanced
 from asyncflow.store.client import Place
+from asyncflow.store.columns import RESPONSE_IDS, TOKEN_VERSIONS
 from asyncflow.store.events import (
+    LONGEST_PRODUCER,
     Acked,
     Admitted,
     Amended,
@@ -60,7 +62,17 @@ LATE = "late"
 SHORT_GROUP = "short_group"
 STRAGGLER = "straggler"
 SKIPPED = "zero_variance_skipped"
+RESERVED = (LATE, SHORT_GROUP, STRAGGLER, SKIPPED)
+"""Reasons for which only the store itself drops samples."""
+RAN_OUT = "the lease of {} ran out"
+HAS_DIED = "{} has died"
+"""Reasons for which only the store itself takes the rows of a worker's lease back."""
 
+MOST_RANKS = 1 << 16
+MOST_TOKENS = (1 << 30) - 1
+"""Of a prompt, and of a response: together they fit into 31 bits."""
+PRODUCERS_REMEMBERED = 65_536
+"""Producers whose last put is known; those that have put last."""
 MOST_PRIORITY = (1 << 31) - 1
 REQUESTS_REMEMBERED = 4096
 """Leases that were asked for by name: so many are known, those that have ended included."""
@@ -210,9 +222,12 @@ class Table:
         """Places, in admission order, that may have a response from what is served now.
 
         More than these can be open after the bound was lowered, after an engine that lags has joined, or after the run
-        went back to a checkpoint; the others have to wait for younger weights.
+        went back to a checkpoint; the others have to wait for younger weights. None while nobody serves: what would
+        generate them is not known.
         """
-        slowest = min((version.n for version in self.served.values()), default=self.learner.n)
+        if not self.served:
+            return 0
+        slowest = min(version.n for version in self.served.values())
         return max(0, self.most_open - max(0, self.learner.n - slowest) * self.terms.train_batch_size)
 
     def capacity(self) -> int:
@@ -395,14 +410,11 @@ class Table:
 
     def next_deadline(self) -> float | None:
         """Earliest time at which `expire` has something to do, or None: the deadline of a lease, or of a group."""
-        earliest = self._closing()
-        while self._deadlines:
-            deadline, lease_id = self._deadlines[0]
-            lease = self.leases.get(lease_id)
-            if lease is not None and lease.deadline == deadline:
-                return deadline if earliest is None else min(deadline, earliest)
-            heapq.heappop(self._deadlines)
-        return earliest
+        return min((time for time in (self._closing(), self._runs_out()) if time is not None), default=None)
+
+    def _runs_out(self) -> float | None:
+        """Earliest deadline of a lease."""
+        return self._deadlines[0][0] if self._deadlines else None
 
     def _closing(self) -> float | None:
         """Earliest deadline of a group that still lacks rows."""
@@ -435,8 +447,8 @@ class Table:
 
         `samples`: what somebody else has generated and perhaps scored already. Nothing happens (no events) for a put
         that has happened already. Raises StoreError for more groups than there could ever be room for, for columns
-        that are not all of one or more stages, and for a put that a later one has passed; IllegalTransition for
-        tokens of a version that no commit has made.
+        that are not all of one or more stages, for tokens of which too little or too much is said, and for a put that a
+        later one has passed; IllegalTransition for tokens of a version that no commit has made.
         """
         if not prompt_tokens:
             raise StoreError("an admission without prompts: name at least one")
@@ -474,6 +486,10 @@ class Table:
         ]
 
     def _has_happened(self, put: PutId, groups: int) -> bool:
+        if len(put.producer) > LONGEST_PRODUCER:
+            raise StoreError(
+                f"the name of a producer has at most {LONGEST_PRODUCER} characters, this one {len(put.producer)}"
+            )
         if put.producer not in self.puts:
             return False
         last, _, admitted = self.puts[put.producer]
@@ -502,27 +518,37 @@ class Table:
                 f"({', '.join(self.schema.generate.writes)}), and all or none of each further stage: "
                 f"they have {brought}"
             )
-        self._check_tokens(places, samples.tokens, samples.oldest, samples.newest)
+        self._check_tokens(places, samples.columns, samples.tokens, samples.oldest, samples.newest)
 
     def _check_tokens(
-        self, rows: int, tokens: Sequence[int], oldest: Sequence[int | None], newest: Sequence[int | None]
+        self,
+        rows: int,
+        columns: int,
+        tokens: Sequence[int],
+        oldest: Sequence[int | None],
+        newest: Sequence[int | None],
     ) -> None:
-        """Raises StoreError for what cannot be said of the tokens of so many rows, IllegalTransition for versions that
-        no commit has made."""
-        if {len(tokens), len(oldest), len(newest)} - {0, rows} or len(oldest) != len(newest):
+        """Raises StoreError for what cannot be said of the tokens of so many rows that get these columns,
+        IllegalTransition for versions that no commit has made."""
+        brought = self.schema.names(columns)
+        counts, spans = rows * (RESPONSE_IDS in brought), rows * (TOKEN_VERSIONS in brought)
+        if (len(tokens), len(oldest), len(newest)) != (counts, spans, spans):
             raise StoreError(
-                f"of {rows} samples, {len(tokens)} numbers of tokens, {len(oldest)} oldest and {len(newest)} newest "
-                "versions are given: give one for each sample, or none"
+                f"{rows} samples with {', '.join(brought) or 'no columns'} need {counts} numbers of tokens and "
+                f"{spans} oldest and newest versions, and {len(tokens)}, {len(oldest)} and {len(newest)} are given: "
+                f"numbers belong to {RESPONSE_IDS}, versions to {TOKEN_VERSIONS}, one for each sample"
             )
         _check_counts(tokens)
         for first, last in set(zip(oldest, newest, strict=True)):
-            if (first is None) != (last is None) or (first is not None and last is not None and not 0 <= first <= last):
+            if first is None and last is None:
+                continue
+            if first is None or last is None or not (0 <= first <= last and first & NUMBER <= last & NUMBER):
                 raise StoreError(f"tokens of versions from {first} to {last} cannot be: give the oldest and the newest")
-        latest = max((version for version in newest if version is not None), default=0)
-        if latest & NUMBER > self.learner.n or latest >> 32 > self.learner.incarnation:
-            raise IllegalTransition(
-                f"a sample has tokens of {PolicyVersion.unpack(latest)}: the last step made {self.learner}"
-            )
+            # Incarnations and numbers both grow, so what holds for the newest holds for the oldest.
+            if last & NUMBER > self.learner.n or last >> 32 > self.learner.incarnation:
+                raise IllegalTransition(
+                    f"a sample has tokens of {PolicyVersion.unpack(last)}: the last step made {self.learner}"
+                )
 
     def admitted_by(self, put: PutId) -> int | None:
         """First group of a producer's last put; None when it is another one."""
@@ -551,14 +577,16 @@ class Table:
         these the order does not matter for staleness, so a group that is complete need not wait for an earlier one.
         Where late samples need not be waited for (`late_samples`), it is any B places. After the last step there is
         none, even where a run that was made shorter has samples left. `now` is when it asks: what it does not get it
-        waits for from then on (`group_timeout`).
+        waits for from then on (`group_timeout`). Raises StoreError for a number of ranks that cannot be.
         """
+        if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+            raise StoreError(f"rows are shared out among 1 to {MOST_RANKS} ranks, not {ranks}")
         if stage == self.schema.train.name:
-            if self.learner.n == self.terms.last_version:
+            if self.terms.last_version is not None and self.learner.n >= self.terms.last_version:
                 return []
             events, rows, full = self._choose_groups(max_rows, max_tokens)
             if self.terms.group_timeout is not None and now is not None:
-                events = [*self._wait_for_groups(rows, now + self.terms.group_timeout), *events]
+                events += self._wait_for_groups(rows, events, now + self.terms.group_timeout)
         else:
             events = []
             rows, full = self._choose_rows(stage, max_rows, max_tokens)
@@ -579,13 +607,13 @@ class Table:
         """The lease that a stage was given when it asked under this name before; None when it did not.
 
         It has the very same rows, whoever asks: the replicas of a rank work on the same. Raises LeaseLost when some of
-        the rows have ended or the lease has, StoreError for another number of ranks.
+        the rows have ended, or are generated again, or the lease has ended; StoreError for another number of ranks.
         """
         lease_id = self.requests.get((stage, request))
         if lease_id is None:
             return None
         lease = self.leases.get(lease_id)
-        lost = () if lease is None else tuple(lease.rows[~self.rows.is_open(lease.rows)].tolist())
+        lost = () if lease is None else tuple(lease.rows[~self._have(lease.rows, self.schema.needs[stage])].tolist())
         if lease is None or lost:
             raise LeaseLost(
                 f"the lease that {stage} asked for as {request!r} has ended{f' for {_named(lost)}' if lost else ''}: "
@@ -596,12 +624,23 @@ class Table:
             raise StoreError(f"{request!r} was asked for with ranks {lease.ranks}, not {ranks}: all must ask alike")
         return lease_id
 
-    def _wait_for_groups(self, leased: Sequence[int], deadline: float) -> list[Event]:
-        """From now on the training stage waits for those groups of its step that lack rows."""
+    def _wait_for_groups(self, leased: Sequence[int], ends: Sequence[Event], deadline: float) -> list[Event]:
+        """From now on the training stage waits for those groups of its step that lack rows, when these have ended or
+        are generated again."""
         groups = self.groups.first(self.groups_per_step)
         groups = groups[~self.taken.has(groups) & ~np.isin(groups, np.array(leased, np.int64) // self.group_size)]
-        new = [group for group in groups[self._lacking(groups).any(axis=1)].tolist() if group not in self.awaiting]
+        rows, lacking = self._members(groups), self._lacking(groups)
+        for event in ends:
+            if isinstance(event, Dropped | Requeued):
+                lacking[np.isin(rows, np.array(event.rows, np.int64))] = isinstance(event, Requeued)
+        new = [group for group in groups[lacking.any(axis=1)].tolist() if group not in self.awaiting]
         return [Awaited(groups=tuple(new), deadline=deadline)] if new else []
+
+    def _have(self, ids: Ids, columns: int) -> Flags:
+        """Which of these are open and have all of these columns; any number may be asked for."""
+        have = self.rows.is_open(ids)
+        have[have] = self.rows.columns[ids[have] - self.rows.base] & columns == columns
+        return have
 
     def _choose_rows(self, stage: str, max_rows: int, max_tokens: int | None) -> tuple[list[int], bool]:
         """Rows, and whether the limits allow no more."""
@@ -711,11 +750,17 @@ class Table:
         newest: Sequence[int | None] = (),
     ) -> list[Event]:
         """Append a stage's columns to rows of a lease, all of its columns at once; a stage that writes none has no
-        `columns` and NONE for a frame, and has seen the rows.
+        `columns` and NONE for a frame, and has seen the rows. `tokens` come with `response_ids`, `oldest` and `newest`
+        with `token_versions`, one for each row.
 
-        Raises LeaseLost naming the rows that are not in the lease any more, StoreError for other columns than the stage
-        writes, IllegalTransition for the training stage, which ends its rows by a commit.
+        Nothing happens (no events) when this frame has brought the rows these columns before: the answer may have been
+        lost. Raises LeaseLost naming the rows that are not in the lease any more, StoreError for other columns than the
+        stage writes, or no rows, IllegalTransition for the training stage, which ends its rows by a commit.
         """
+        if not len(rows):
+            raise StoreError("an ack without samples: name at least one")
+        if self._has_brought(rows, columns, frame):
+            return []
         stage = self.schema.stages[self._holds(lease_id, rows).stage]
         if stage.role == "train":
             raise IllegalTransition(f"stage {stage.name} ends its samples with a commit, not with an ack")
@@ -724,7 +769,7 @@ class Table:
                 f"stage {stage.name} writes {', '.join(stage.writes) or 'no columns'}; "
                 f"its ack brings {', '.join(self.schema.names(columns)) or 'nothing'}"
             )
-        self._check_tokens(len(rows), tokens, oldest, newest)
+        self._check_tokens(len(rows), columns, tokens, oldest, newest)
         return [
             Acked(
                 lease_id=lease_id,
@@ -737,21 +782,40 @@ class Table:
             )
         ]
 
+    def _has_brought(self, rows: Sequence[int], columns: int, frame: int) -> bool:
+        """Whether the rows have these columns of one stage from this frame, each from its place in it."""
+        stage = next((name for name, writes in self.schema.writes.items() if writes == columns), None)
+        ids = np.asarray(rows, np.int64)
+        if frame == NONE or stage is None or not self.rows.has_entry(ids).all():
+            return False
+        line, index = self._line[stage] + 1, ids - self.rows.base
+        same = (self.rows.frame[line, index] == frame) & (self.rows.offset[line, index] == np.arange(len(ids)))
+        return bool((same & self.rows.has_data(ids)).all())
+
     def nack(self, lease_id: int, rows: Sequence[int], *, reason: str, final: bool) -> list[Event]:
         """Give rows back; those that failed for good or too often are quarantined, and what is left of their group
-        is dropped when it became too short to train."""
-        self._holds(lease_id, rows)
-        return self._give_back([Returned(lease_id=lease_id, rows=tuple(rows), reason=reason)], final=final)
+        is dropped when it became too short to train. A stage that training does not need only loses them itself.
+
+        Raises LeaseLost naming the rows that are not in the lease any more, StoreError for no rows, and for a reason
+        that is the store's own.
+        """
+        lease = self._holds(lease_id, rows)
+        if not len(rows):
+            raise StoreError("a nack without samples: name at least one")
+        if reason in (own.format(lease.worker) for own in (RAN_OUT, HAS_DIED)):
+            raise StoreError(f"{reason!r} is what the store itself says: give another reason")
+        returned = Returned(lease_id=lease_id, rows=tuple(rows), reason=reason, final=final)
+        return self._give_back([returned])
 
     def expire(self, now: float) -> list[Event]:
         """Take back the rows of every lease whose deadline has passed; when there is none, give up those rows for which
         the training stage has waited too long. Called until nothing is left to do at this time."""
-        returns = self._take_back(lambda lease: lease.deadline <= now, "the lease of {} ran out")
+        returns = self._take_back(lambda lease: lease.deadline <= now, RAN_OUT)
         return returns or self._close_groups(now)
 
     def gone(self, worker: str) -> list[Event]:
         """Take back the rows of every lease of a worker that has died."""
-        return self._take_back(lambda lease: lease.worker == worker, "{} has died")
+        return self._take_back(lambda lease: lease.worker == worker, HAS_DIED)
 
     def _take_back(self, which: Callable[[LeaseRecord], bool], reason: str) -> list[Event]:
         returns = [
@@ -763,7 +827,7 @@ class Table:
             for lease_id, lease in self.leases.items()
             if which(lease)
         ]
-        return self._give_back(returns, final=False)
+        return self._give_back(returns)
 
     def _close_groups(self, now: float) -> list[Event]:
         """Whoever is late holds its group up no longer: what is there is trained, or dropped when it is too little."""
@@ -861,7 +925,10 @@ class Table:
         return np.concatenate([self._age(oldest), np.zeros(len(skipped), np.int64)])
 
     def drop(self, rows: Sequence[int], *, reason: str) -> list[Event]:
-        """End open rows; those that have ended already are left alone."""
+        """End open rows; those that have ended already are left alone. Raises StoreError for a reason that is the
+        store's own."""
+        if reason in RESERVED:
+            raise StoreError(f"{reason!r} is a reason of the store itself: give another one")
         named = np.array(list(dict.fromkeys(rows)), np.int64)
         there = tuple(named[self.rows.is_open(named)].tolist())
         return [Dropped(rows=there, reason=reason), *self._short_groups(there)] if there else []
@@ -901,8 +968,10 @@ class Table:
         last = self.terms.last_version if last_version is None else last_version
         if bound < 0:
             raise IllegalTransition(f"max_staleness cannot be {bound}: 0 is synchronous, higher is further ahead")
-        if last is not None and last < self.learner.n:
-            raise IllegalTransition(f"the run has made step {self.learner.n} already and cannot end at {last}")
+        made = self.learner.n + bool(self.taken.count)
+        if last is not None and last < made:
+            what = "has samples of" if made > self.learner.n else "has made"
+            raise IllegalTransition(f"the learner {what} step {made} already: the run cannot end at {last}")
         if (bound, last) == (self.terms.max_staleness, self.terms.last_version):
             return []
         return [Amended(max_staleness=bound, last_version=last)]
@@ -1028,8 +1097,8 @@ class Table:
             raise LeaseLost(f"lease {lease_id} has ended for {_named(lost)}", rows=lost)
         return lease
 
-    def _give_back(self, returns: Sequence[Returned], *, final: bool) -> list[Event]:
-        """The returns, and the ends that follow from them.
+    def _give_back(self, returns: Sequence[Returned]) -> list[Event]:
+        """The returns, and the ends that follow from them: of rows that failed in a stage that training needs.
 
         All returns of one operation are looked at together: a sample that two stages give back at once ends once, and
         what is left of a group is judged after all of its losses.
@@ -1037,12 +1106,13 @@ class Table:
         failed: dict[int, None] = {}
         reasons: dict[int, list[str]] = {}
         for event in returns:
-            line = self._line[self.leases[event.lease_id].stage]
+            stage = self.leases[event.lease_id].stage
+            line, holds_up = self._line[stage], stage in self.schema.needed
             attempts = self.rows.attempts[line, np.array(event.rows, np.int64) - self.rows.base]
             for sample_id, attempt in zip(event.rows, attempts.tolist(), strict=True):
                 before = self.rows.reasons.get(sample_id, [])
                 reasons.setdefault(sample_id, list(before)).append(event.reason)
-                if final or attempt >= self.terms.max_attempts:
+                if holds_up and (event.final or attempt >= self.terms.max_attempts):
                     failed[sample_id] = None
         poison: dict[str, list[int]] = {}
         for sample_id in failed:
@@ -1093,14 +1163,26 @@ class Table:
         self.next_group += many
         self.next_sample += len(ids)
         if event.put is not None:
-            self.puts[event.put.producer] = event.put, event.first_group, many
-        topics = {self.schema.train.name} if state == REWARDED else set()
+            self._remember_put(event.put, event.first_group, many)
+        topics = self._may_wait()
+        if state == REWARDED:
+            topics.add(self.schema.train.name)
         for stage, marks in self._ready.items():
             needs, writes = self.schema.needs[stage], self.schema.writes[stage]
             if columns & needs == needs and columns & writes != writes:
                 marks.put(ids, there=True)
                 topics.add(stage)
         return topics
+
+    def _remember_put(self, put: PutId, first_group: int, groups: int) -> None:
+        self.puts.pop(put.producer, None)  # whoever put last is the last
+        self.puts[put.producer] = put, first_group, groups
+        if len(self.puts) > PRODUCERS_REMEMBERED:
+            del self.puts[next(iter(self.puts))]
+
+    def _may_wait(self) -> set[str]:
+        """The training stage, where it has to look again to see which groups it waits for."""
+        return set() if self.terms.group_timeout is None else {self.schema.train.name}
 
     def _first_state(self, columns: int) -> int:
         """Of a sample that is admitted with these columns, as the place in `STATES`."""
@@ -1193,6 +1275,16 @@ class Table:
     def _set_deadline(self, lease_id: int, deadline: float) -> None:
         self.leases[lease_id].deadline = deadline
         heapq.heappush(self._deadlines, (deadline, lease_id))
+        self._forget_deadlines()
+
+    def _forget_deadlines(self) -> None:
+        """What comes first is the deadline of a lease that there is."""
+        while self._deadlines:
+            deadline, lease_id = self._deadlines[0]
+            lease = self.leases.get(lease_id)
+            if lease is not None and lease.deadline == deadline:
+                return
+            heapq.heappop(self._deadlines)
 
     def _apply_acked(self, event: Acked) -> set[str]:
         stage = self.schema.stages[self.leases[event.lease_id].stage]
@@ -1225,6 +1317,9 @@ class Table:
         for sample_id in event.rows:
             self.rows.reasons.setdefault(sample_id, []).append(event.reason)
         self._give_up(ids, stage)
+        if event.final and stage.name not in self.schema.needed:
+            attempts, index = self.rows.attempts[self._line[stage.name]], ids - self.rows.base
+            attempts[index] = np.maximum(attempts[index], self.terms.max_attempts)
         self._enqueue(ids)
         return {stage.name}
 
@@ -1279,7 +1374,7 @@ class Table:
         self.ended[str(State.QUARANTINED)] -= len(ids)
         self.tally["restored"] += len(ids)
         self._stop_waiting(self._groups_of(ids))
-        return self._complete(ids) | self._enqueue(ids)
+        return self._complete(ids) | self._enqueue(ids) | self._may_wait()
 
     def _apply_requeued(self, event: Requeued) -> set[str]:
         ids = np.array(event.rows, np.int64)
@@ -1288,7 +1383,7 @@ class Table:
         self._forget_response(ids)
         self.tally["requeued"] += len(ids)
         self._stop_waiting(self._groups_of(ids))
-        return self._enqueue(ids)
+        return self._enqueue(ids) | self._may_wait()
 
     def _after_end(self) -> set[str]:
         """A row that ended makes room, may complete its group, and may let a later group into the step."""
@@ -1414,6 +1509,7 @@ class Table:
         lease.left -= len(ids)
         if not lease.left:
             del self.leases[lease_id]
+            self._forget_deadlines()
 
     def _enqueue(self, ids: Ids) -> set[str]:
         """Remember which of the rows are ready for which stages; returns the stages that have new ones."""
@@ -1431,6 +1527,8 @@ class Table:
         needs, writes, columns = self.schema.needs[stage], self.schema.writes[stage], self.rows.columns[index]
         ready: Flags = (columns & needs == needs) & (self.rows.lease[self._line[stage], index] == 0)
         ready &= columns & writes != writes
+        if stage not in self.schema.needed:  # it has failed on these too often, and nobody waits for it
+            ready &= self.rows.attempts[self._line[stage], index] < self.terms.max_attempts
         return ready & (self.rows.state[index] < len(OPEN_STATES))
 
     def _groups_of(self, ids: Ids) -> Ids:
@@ -1477,7 +1575,7 @@ class Table:
             "leases": {i: (r.stage, r.worker, r.left) for i, r in self.leases.items()},
             "served": dict(self.served),
             "learner": self.learner,
-            "puts": dict(self.puts),
+            "puts": tuple(self.puts.items()),
             "last_step": self.last_step,
             "next": (self.next_sample, self.next_group, self.next_lease, self.last_frame),
             "ended": dict(self.ended),
@@ -1584,8 +1682,8 @@ class Table:
 
 
 def _check_counts(tokens: Sequence[int]) -> None:
-    if len(tokens) and not 0 <= min(tokens) <= max(tokens) < 1 << 31:
-        raise StoreError("a number of tokens cannot be below 0, or beyond 31 bits")
+    if len(tokens) and not 0 <= min(tokens) <= max(tokens) <= MOST_TOKENS:
+        raise StoreError(f"a number of tokens is at least 0 and at most {MOST_TOKENS}")
 
 
 def _versions(packed: Sequence[int | None]) -> Sequence[int] | NDArray[np.int64]:
