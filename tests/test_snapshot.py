@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from asyncflow.errors import LedgerError
 from asyncflow.store.events import Event, Opened
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Journal, LedgerReader
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
@@ -30,7 +31,7 @@ from asyncflow.store.snapshot import (
     snapshot_path,
     write_snapshot,
 )
-from asyncflow.store.table import Image, Table
+from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 from tests.test_table_model import World
 

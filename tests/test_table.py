@@ -22,10 +22,11 @@ from asyncflow.store.events import (
     Returned,
     from_json,
 )
-from asyncflow.store.lifecycle import State
+from asyncflow.store.lifecycle import LATE, SHORT_GROUP, SKIPPED, STRAGGLER, State
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, SKIPPED, STRAGGLER, Table
+from asyncflow.store.table import Table
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import PolicyVersion
 
 RESPONSE = ("response_ids", "rollout_logprobs", "token_versions", "response", "finish_reason")

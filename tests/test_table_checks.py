@@ -21,16 +21,10 @@ from asyncflow.store.events import (
     Samples,
     from_json,
 )
+from asyncflow.store.lifecycle import HAS_DIED, RAN_OUT, RESERVED, STRAGGLER
 from asyncflow.store.schema import Stage
-from asyncflow.store.table import (
-    HAS_DIED,
-    MOST_RANKS,
-    MOST_TOKENS,
-    PRODUCERS_REMEMBERED,
-    RAN_OUT,
-    RESERVED,
-    STRAGGLER,
-)
+from asyncflow.store.state import PRODUCERS_REMEMBERED
+from asyncflow.store.table import MOST_RANKS, MOST_TOKENS
 from asyncflow.types import PolicyVersion
 from tests.test_table import JUDGE, STAGES, Bench, ask
 

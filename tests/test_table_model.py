@@ -53,9 +53,12 @@ from asyncflow.store.events import (
     from_json,
 )
 from asyncflow.store.journal import Record
+from asyncflow.store.lifecycle import LATE, SHORT_GROUP, STRAGGLER
 from asyncflow.store.rows import NONE, Flags, Ids
 from asyncflow.store.schema import PROMPT_COLUMNS, Order, Schema, Stage
-from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, STRAGGLER, LeaseRecord, Table
+from asyncflow.store.state import LeaseRecord
+from asyncflow.store.table import Table
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import PolicyVersion
 
 RESPONSE = ("response_ids", "token_versions", "response")

@@ -41,9 +41,11 @@ from asyncflow.store.events import (
     Returned,
     Served,
 )
+from asyncflow.store.image import timeless
 from asyncflow.store.journal import LedgerReader, Record
+from asyncflow.store.lifecycle import HAS_DIED, LATE, RAN_OUT, STRAGGLER
 from asyncflow.store.recovery import apply_record
-from asyncflow.store.table import HAS_DIED, LATE, RAN_OUT, STRAGGLER, Table
+from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
 NEVER = float("inf")
@@ -74,8 +76,7 @@ def table_at(ledger: Path, until: int | None = None) -> tuple[Table, int]:
 def digest(table: Table) -> str:
     """xxh3-128 of everything that the table knows: the same on every machine, for the same events."""
     image, arrays = table.dump()
-    # Deadlines are of the clock of one process, and renewals are not journaled.
-    image.leases = [(*lease[:5], 0.0, *lease[6:]) for lease in image.leases]
+    image = timeless(image)
     image.served, image.ended = dict(sorted(image.served.items())), dict(sorted(image.ended.items()))
     image.reasons = dict(sorted(image.reasons.items()))
     check = xxhash.xxh3_128(msgspec.json.encode(image))

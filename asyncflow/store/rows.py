@@ -268,12 +268,6 @@ class Rows:
         inside[inside] = self.kept[index] & (self.state[index] == QUARANTINED)
         return inside
 
-    def plain(self) -> dict[str, Any]:
-        """Everything about the samples that are alive, as values that can be compared."""
-        ids = self.alive()
-        arrays = {name: getattr(self, name)[..., ids - self.base].tobytes() for name in self._fields}
-        return {"ids": ids.tobytes(), **arrays, "reasons": {i: tuple(why) for i, why in self.reasons.items()}}
-
     def _make_room(self, count: int) -> None:
         alive = self.alive()
         base = (int(alive[0]) if len(alive) else self.end) // CHUNK * CHUNK

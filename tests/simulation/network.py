@@ -16,12 +16,13 @@ from asyncflow.store import wire
 from asyncflow.store.account import Account
 from asyncflow.store.broker import TIDY_EVERY, Broker, _Parked
 from asyncflow.store.events import Event, Leased, Opened
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Durability
 from asyncflow.store.recovery import apply_all
 from asyncflow.store.remote import RemoteControl
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import segment_of
-from asyncflow.store.table import Image, Table
+from asyncflow.store.table import Table
 from tests.test_table_model import insist
 
 from .book import Book, Key, key_of_request
