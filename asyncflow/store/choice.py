@@ -66,8 +66,7 @@ class Choice(Needs):
         """Ends of late rows; rows of the chosen groups; whether the limits or the step allow no more."""
         window = self._window()
         rows = self._members(window.groups)
-        waits = window.rest.copy()
-        waits[waits] = self.rows.state[rows[waits] - self.rows.base] != REWARDED
+        waits = self.rows.narrow(window.rest, rows, lambda index: self.rows.state[index] != REWARDED)
         if self.terms.late_samples == "requeue":
             waits |= window.late
         ready = ~(window.short | self.taken.has(window.groups) | waits.any(axis=1))
@@ -88,13 +87,16 @@ class Choice(Needs):
         return self._ends_of_late(window), chosen, bool(full)
 
     def _window(self) -> Window:
-        """The first B places that are open, after those whose groups end because they are too late.
+        """The groups that the step may have."""
+        return self._first_places() if self.terms.late_samples == "wait" else self._all_places()
 
-        All open ones, where the step need not wait for who is slow: what that makes too old is dropped, generated again
-        or masked.
-        """
-        if self.terms.late_samples != "wait":
-            return self._judge(self.groups.first(self.groups.count))
+    def _all_places(self) -> Window:
+        """All that are open, where the step need not wait for who is slow: what that makes too old is dropped,
+        generated again or masked."""
+        return self._judge(self.groups.first(self.groups.count))
+
+    def _first_places(self) -> Window:
+        """The first B places that are open, after those whose groups end because they are too late."""
         short = 0
         while True:
             window = self._judge(self.groups.first(self.groups_per_step + short))
@@ -106,9 +108,9 @@ class Choice(Needs):
     def _judge(self, groups: Ids) -> Window:
         """Who is too old among these groups, and what that means for their others."""
         rows = self._members(groups)
-        there = self.rows.is_open(rows.ravel()).reshape(rows.shape)
-        late = there & ~self.taken.has(groups)[:, None]
-        late[late] = self.too_old(rows[late])
+        there = self.rows.is_open(rows)
+        free = there & ~self.taken.has(groups)[:, None]
+        late = self.rows.narrow(free, rows, lambda index: self.too_old(index + self.rows.base))
         rest = there & ~late
         short = late.any(axis=1) & (rest.sum(axis=1) < self.terms.min_group)
         if self.terms.late_samples == "requeue":

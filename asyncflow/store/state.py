@@ -156,11 +156,15 @@ class TableState:
         """Groups of these rows of which no other row is open."""
         if self.group_size == 1:
             return ids
-        groups = self._groups_of(ids)
-        rows = self._members(groups)
-        left = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, ids)
+        groups, left = self._left_without(ids)
         over: Ids = groups[~left.any(axis=1)]
         return over
+
+    def _left_without(self, ids: Ids) -> tuple[Ids, Flags]:
+        """(G,) The groups of these rows; (G, n) which of their rows are open and are others than these."""
+        groups = np.unique(ids // self.group_size)
+        rows = self._members(groups)
+        return groups, self.rows.is_open(rows) & ~np.isin(rows, ids)
 
     def _quarantined_of(self, groups: Ids) -> Ids:
         """Those samples of groups that may be put back."""
@@ -388,8 +392,7 @@ class TableState:
     def _let_go(self, groups: Ids) -> None:
         """The training stage has those groups no longer of which it holds no row."""
         rows = self._members(groups)
-        held = self.rows.is_open(rows.ravel()).reshape(rows.shape)
-        held[held] = self.rows.state[rows[held] - self.rows.base] == TRAINING
+        held = self.rows.narrow(self.rows.has_entry(rows), rows, lambda index: self.rows.state[index] == TRAINING)
         self.taken.put(groups[~held.any(axis=1)], there=False)
 
     def _apply_committed(self, event: Committed) -> set[str]:

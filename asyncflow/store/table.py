@@ -381,7 +381,7 @@ class Table(Choice):
                 worst = rows[holder == lease_id][of_it.argmax()]
                 raise StalenessViolation(f"sample {worst} has staleness {of_it.max()}, above {bound}")
         groups = np.unique(rows // self.group_size)
-        if self.rows.is_open(self._members(groups).ravel()).sum() != len(rows):
+        if self.rows.is_open(self._members(groups)).sum() != len(rows):
             raise IllegalTransition("a commit holds whole groups: some sample of a group is missing")
         if len(groups) * self.group_size != self.terms.train_batch_size:
             raise IllegalTransition(
@@ -533,10 +533,8 @@ class Table(Choice):
         """The end of what is left of these rows' groups, where that is too little to train."""
         if self.terms.min_group <= 1:
             return []
-        lost = np.unique(np.array(list(gone), np.int64))
-        rows = self._members(np.unique(lost // self.group_size))
-        rest = self.rows.is_open(rows.ravel()).reshape(rows.shape) & ~np.isin(rows, lost)
-        left = rest.sum(axis=1)
+        groups, rest = self._left_without(np.array(list(gone), np.int64))
+        rows, left = self._members(groups), rest.sum(axis=1)
         return [
             Dropped(rows=tuple(rows[group, rest[group]].tolist()), reason=SHORT_GROUP)
             for group in np.flatnonzero((left > 0) & (left < self.terms.min_group))

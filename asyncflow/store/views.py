@@ -113,14 +113,12 @@ class Views(TableState):
         if not needs & ~self.schema.prompt_mask & ~self.schema.writes[self.schema.generate.name]:
             return Counter()  # it needs nothing but completions: no look at the groups is necessary
         names, rows = list(self.schema.stages), self._members(self.groups.first(self.groups_per_step))
-        lacking = self.rows.is_open(rows.ravel()).reshape(rows.shape)
-        lacking[lacking] = (self.rows.columns[rows[lacking] - self.rows.base] & needs) != needs
+        columns, index = self.rows.columns, rows - self.rows.base
+        lacking = self.rows.narrow(self.rows.is_open(rows), rows, lambda index: columns[index] & needs != needs)
         writer = np.full(rows.shape, len(names))
-        for have in np.unique(self.rows.columns[rows[lacking] - self.rows.base]):
-            place = names.index(self.schema.next_writer(int(have), needs))
-            same = lacking.copy()
-            same[lacking] = self.rows.columns[rows[lacking] - self.rows.base] == have
-            writer[same] = place
+        for have in np.unique(columns[index[lacking]]).tolist():
+            place = names.index(self.schema.next_writer(have, needs))
+            writer[lacking & (columns[np.where(lacking, index, 0)] == have)] = place
         slowest = writer.min(axis=1)  # a group is as far as its slowest row
         found = np.bincount(slowest, minlength=len(names) + 1)[:-1]
         return Counter({names[place]: int(count) for place, count in enumerate(found) if count})
@@ -172,9 +170,11 @@ class Views(TableState):
         """Where the values of these columns are. Raises StoreError naming samples that have ended or lack one."""
         names = tuple(columns)
         mask, index = self.schema.mask(names), ids - self.rows.base
-        there = (ids >= self.rows.base) & (ids < self.rows.end)
-        there[there] = self.rows.has_data(ids[there])
-        there[there] = self.rows.columns[index[there]] & mask == mask
+        there = self.rows.narrow(
+            self.rows.has_entry(ids),
+            ids,
+            lambda index: self.rows.has_data(index + self.rows.base) & (self.rows.columns[index] & mask == mask),
+        )
         if not there.all():
             raise StoreError(
                 f"{named(ids[~there].tolist())} has ended or does not have {', '.join(names)} yet: ask for others"
@@ -244,15 +244,13 @@ class Views(TableState):
     def _lacking(self, groups: Ids) -> Flags:
         """(G, n) Open samples of groups that training cannot have yet."""
         rows = self._members(groups)
-        lacking = self.rows.is_open(rows.ravel()).reshape(rows.shape)
-        lacking[lacking] = self.rows.state[rows[lacking] - self.rows.base] < REWARDED
-        return lacking
+        return self.rows.narrow(self.rows.has_entry(rows), rows, lambda index: self.rows.state[index] < REWARDED)
 
     def _have(self, ids: Ids, columns: int) -> Flags:
         """Which of these are open and have all of these columns; any number may be asked for."""
-        have = self.rows.is_open(ids)
-        have[have] = self.rows.columns[ids[have] - self.rows.base] & columns == columns
-        return have
+        return self.rows.narrow(
+            self.rows.is_open(ids), ids, lambda index: self.rows.columns[index] & columns == columns
+        )
 
     def held(self, lease_id: int) -> Ids:
         """Rows that a lease still holds."""
