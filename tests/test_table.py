@@ -484,7 +484,7 @@ def test_a_final_failure_is_quarantined_at_once_and_its_neighbours_survive() -> 
     events = bench.nack(lease, [1], reason="prompt too long", final=True)
 
     assert events == [
-        Returned(lease_id=lease.lease_id, rows=(1,), reason="prompt too long"),
+        Returned(lease_id=lease.lease_id, rows=(1,), reason="prompt too long", final=True),
         Quarantined(rows=(1,), reason="prompt too long"),
     ]
     assert bench.states() == dict.fromkeys((0, 2, 3), "generating")

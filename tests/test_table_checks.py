@@ -251,11 +251,10 @@ def test_the_time_of_a_group_begins_though_a_row_of_it_is_generated_again() -> N
     bench.fill()
     bench.generate([0])
     for version in (1, 2):
-        bench.serve(version - 1)
         bench.generate([2 * version, 2 * version + 1], version=version - 1)
         bench.step()
+        bench.serve(version)
         bench.fill()
-    bench.serve(2)
 
     ask(bench, now=100.0)
 
@@ -270,9 +269,9 @@ def test_a_group_that_ends_at_once_is_not_waited_for() -> None:
     bench.fill()
     bench.generate([0])
     for version in (1, 2):
-        bench.serve(version - 1)
         bench.generate([2 * version, 2 * version + 1], version=version - 1)
         bench.step()
+        bench.serve(version)
         bench.fill()
 
     ask(bench, now=100.0)
