@@ -30,7 +30,8 @@ from asyncflow.store.rows import NONE
 from asyncflow.store.segments import Shelf
 from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.stat import counts_of, leases_of, staleness_of
-from asyncflow.store.table import ADMISSION, BYTES, FEEDER, Table
+from asyncflow.store.table import Table
+from asyncflow.store.topics import ADMISSION, BYTES, FEEDER
 from asyncflow.types import PolicyVersion
 
 logger = logging.getLogger(__name__)

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from asyncflow.errors import LedgerError, StoreError
 from asyncflow.store.events import Event
 from asyncflow.store.frames import aligned
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Journal, LedgerReader
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import sync_file
-from asyncflow.store.table import Image, Table
+from asyncflow.store.table import Table
 
 _log = logging.getLogger(__name__)
 
