@@ -13,7 +13,7 @@ import pytest
 
 from asyncflow.errors import LedgerError
 from asyncflow.report.audit import Audit, audit, render
-from asyncflow.store.events import Event, Leased, Opened
+from asyncflow.store.events import Event, Leased, Opened, Samples
 from asyncflow.store.journal import Journal
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
 from asyncflow.store.table import Table
@@ -32,10 +32,10 @@ TERMS = Opened(train_batch_size=4, num_generations=2, max_staleness=2, last_vers
 class Writer:
     """Makes a ledger as a run does: decisions of a table, written down."""
 
-    def __init__(self, folder: Path) -> None:
-        self.table = Table(SCHEMA, TERMS)
+    def __init__(self, folder: Path, schema: Schema = SCHEMA, terms: Opened = TERMS) -> None:
+        self.table = Table(schema, terms)
         self.at = 0.0
-        self.journal = Journal.create(folder / "ledger.sqlite", TERMS, self.at)
+        self.journal = Journal.create(folder / "ledger.sqlite", terms, self.at, schema)
 
     def do(self, events: list[Event] | None) -> None:
         assert events is not None
@@ -147,6 +147,78 @@ def test_a_run_that_did_nothing_balances(tmp_path: Path) -> None:
 
     assert result.ok
     assert "admitted 0 = trained 0" in render(result)
+
+
+# -- stores of other kinds ---------------------------------------------------------------------------------------------
+
+
+def test_samples_that_were_put_finished_have_their_responses(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    writer.do(writer.table.serve("engine", PolicyVersion(n=0)))
+    columns = SCHEMA.mask(("response_ids", "token_versions", "reward"))
+    samples = Samples(columns=columns, frame=1, tokens=(3,) * 4, oldest=(0,) * 4, newest=(0,) * 4)
+    for version in range(3):
+        writer.do(writer.table.admit([5] * 2, frame=0, samples=samples))
+        writer.step()
+        writer.do(writer.table.serve("engine", PolicyVersion(n=version + 1)))
+    writer.journal.close()
+
+    result = audit(tmp_path)
+
+    assert result.violations == ()
+    assert result.staleness == {0: 4, 1: 4, 2: 4}
+
+
+@pytest.mark.parametrize("writes", [("response",), ("response", "response_ids"), ("response", "token_versions")])
+def test_a_store_may_do_without_tokens_or_their_versions(tmp_path: Path, writes: tuple[str, ...]) -> None:
+    schema = Schema(
+        (
+            Stage(name="rollout", role="generate", needs=PROMPT_COLUMNS, writes=writes),
+            Stage(name="reward", role="score", needs=("response",), writes=("reward",)),
+            Stage(name="train", role="train", needs=(*writes, "reward")),
+        )
+    )
+    writer = Writer(tmp_path, schema)
+    writer.do(writer.table.serve("engine", PolicyVersion(n=0)))
+    writer.do(writer.table.admit([5] * 2, frame=0))
+    lease, about = writer.lease("rollout"), dict[str, Any]()
+    if "response_ids" in writes:
+        about |= {"tokens": [3] * 4}
+    if "token_versions" in writes:
+        about |= {"oldest": [0] * 4, "newest": [0] * 4}
+    writer.do(writer.table.ack(lease.lease_id, lease.rows, columns=schema.writes["rollout"], frame=0, **about))
+    lease = writer.lease("reward")
+    writer.do(writer.table.ack(lease.lease_id, lease.rows, columns=schema.writes["reward"], frame=1))
+    writer.step()
+    writer.journal.close()
+
+    result = audit(tmp_path)
+
+    assert result.violations == ()
+    assert result.trained == 4
+
+
+def test_the_bound_is_that_under_which_the_learner_leased(tmp_path: Path) -> None:
+    """Not that of a stage that took the sample later, to look at it."""
+    look = Stage(name="look", role="score", needs=("response_ids",))
+    schema = Schema((*SCHEMA.stages.values(), look))
+    writer = Writer(tmp_path, schema)
+    writer.do(writer.table.serve("engine", PolicyVersion(n=0)))
+    writer.do(writer.table.admit([5] * 6, frame=0))
+    writer.generate(0, 0)
+    for _ in range(2):
+        writer.step()
+    lease = writer.lease("train")
+    writer.do(writer.table.amend(max_staleness=1))
+    writer.lease("look")
+    version = PolicyVersion(n=3)
+    writer.do(writer.table.commit(leases=[lease.lease_id], trained=lease.rows, skipped=[], version=version))
+    writer.journal.close()
+
+    result = audit(tmp_path)
+
+    assert result.violations == ()
+    assert result.staleness == {0: 4, 1: 4, 2: 4}
 
 
 # -- ledgers that were tampered with -----------------------------------------------------------------------------------
@@ -282,7 +354,7 @@ def acked_under_a_lost_lease(t: Tampered) -> None:
 
 def never_generated(t: Tampered) -> None:
     lsn = t.find("acked")
-    t.change(lsn, tokens=[], oldest=[], newest=[])
+    t.change(lsn, columns=0, tokens=[], oldest=[], newest=[])
 
 
 def never_leased_for_training(t: Tampered) -> None:

@@ -18,7 +18,7 @@ from asyncflow.pipeline import open_store
 from asyncflow.plan import plan
 from asyncflow.store.broker import _Parked
 from asyncflow.store.store import Store
-from asyncflow.store.table import ADMISSION
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import PolicyVersion
 from tests.conftest import TINY
 from tests.processes import wait_until

@@ -241,3 +241,75 @@ def test_importing_the_front_door_loads_nothing_heavy(module: str) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+# -- one mutator -------------------------------------------------------------------------------------------------------
+
+ONLY_LOOK = ("views", "needs", "choice", "table")
+"""Files of the table that decide and change nothing; `state.py` has the one mutator."""
+CHANGERS = (
+    "put",
+    "pop",
+    "popitem",
+    "clear",
+    "update",
+    "setdefault",
+    "add",
+    "append",
+    "extend",
+    "insert",
+    "remove",
+    "sort",
+)
+LINE = ("state", "views", "needs", "choice", "image", "table")
+"""Each imports only from those before it."""
+
+
+def changes(node: ast.AST) -> Iterator[str]:
+    """What is assigned to an attribute, or to a part of one, or changed by a call on one."""
+    targets: list[ast.expr] = []
+    match node:
+        case ast.Assign(targets=found):
+            targets = list(found)
+        case ast.AugAssign(target=found) | ast.AnnAssign(target=found):
+            targets = [found]
+        case ast.Delete(targets=found):
+            targets = list(found)
+        case ast.Call(func=ast.Attribute(value=ast.Attribute() | ast.Subscript() as whose, attr=name)):
+            targets = [whose] if name in CHANGERS else []
+    for target in (part for whole in targets for part in (whole.elts if isinstance(whole, ast.Tuple) else [whole])):
+        inner = target
+        while isinstance(inner, ast.Subscript):
+            inner = inner.value
+        if isinstance(inner, ast.Attribute):
+            yield ast.unparse(target)
+
+
+@pytest.mark.parametrize("name", ONLY_LOOK)
+def test_nothing_but_the_mutator_changes_the_table(name: str) -> None:
+    tree = ast.parse((ROOT / f"asyncflow/store/{name}.py").read_text(encoding="utf-8"))
+
+    assert [change for node in ast.walk(tree) for change in changes(node)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "self.x = 1",
+        "self.rows.tokens[i] += 1",
+        "rows.x[i][j] = 1",
+        "a, self.x = 1, 2",
+        "del self.x[1]",
+        "self.x.put(1)",
+    ],
+)
+def test_every_way_to_change_it_is_seen(line: str) -> None:
+    assert len([change for node in ast.walk(ast.parse(line)) for change in changes(node)]) == 1
+
+
+def test_the_files_of_the_table_stand_in_a_straight_line() -> None:
+    for place, name in enumerate(LINE):
+        tree = ast.parse((ROOT / f"asyncflow/store/{name}.py").read_text(encoding="utf-8"))
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        later = {f"asyncflow.store.{other}" for other in LINE[place:]}
+        assert not modules & later, name

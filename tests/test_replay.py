@@ -120,6 +120,35 @@ def test_a_decision_that_was_another_one_is_named(tmp_path: Path) -> None:
         list(reenact(other))
 
 
+def test_leases_that_run_out_when_somebody_gives_rows_back_are_decided_again(tmp_path: Path) -> None:
+    """At one time, as with a clock that is set by hand."""
+    world = Recorded(tmp_path)
+    world.do(world.table.admit([1, 1], frame=0) or [])
+    for name, rows in (("a", 2), ("b", 2)):
+        world.do(world.table.lease("rollout", worker=name, max_rows=rows, max_tokens=None, deadline=1e9))
+    world.do(world.table.renew(1, deadline=0.0))
+    world.do(world.table.expire(0.0))
+    world.do(world.table.nack(2, [2, 3], reason="the engine went away", final=False))
+    world.close()
+
+    events = [record.event for operation, _ in reenact(world.path) for record in operation.records]
+
+    assert [event.kind for event in events[-2:]] == ["returned", "returned"]
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_a_row_that_is_given_back_for_good_says_so_in_the_ledger(tmp_path: Path, final: bool) -> None:
+    world = Recorded(tmp_path)
+    world.do(world.table.admit([1, 1], frame=0) or [])
+    world.do(world.table.lease("judge", worker="a", max_rows=2, max_tokens=None, deadline=1e9))
+    world.do(world.table.nack(1, [0], reason="no", final=final))
+    world.close()
+
+    operations = list(reenact(world.path))
+
+    assert operations[-1][1].ready()["judge"] == world.table.ready()["judge"] == 2 + (not final)
+
+
 def test_an_event_that_a_ledger_does_not_have_is_named(tmp_path: Path) -> None:
     world = Ticking(tmp_path)
     world.close()

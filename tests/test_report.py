@@ -40,7 +40,7 @@ def write_ledger(folder: Path, *, steps: int, batch: int, n: int, eta: int, seed
     terms = Opened(
         train_batch_size=batch, num_generations=n, max_staleness=eta, last_version=steps, min_group=2, max_attempts=3
     )
-    table, journal = Table(SCHEMA, terms), Journal.create(folder / "ledger.sqlite", terms, 0.0)
+    table, journal = Table(SCHEMA, terms), Journal.create(folder / "ledger.sqlite", terms, 0.0, SCHEMA)
     served, staleness = 0, []
 
     def do(events: list[Event] | None) -> bool:

@@ -22,10 +22,11 @@ from asyncflow.store.events import (
     Returned,
     from_json,
 )
-from asyncflow.store.lifecycle import State
+from asyncflow.store.lifecycle import LATE, SHORT_GROUP, SKIPPED, STRAGGLER, State
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.table import ADMISSION, LATE, SHORT_GROUP, SKIPPED, STRAGGLER, Table
+from asyncflow.store.table import Table
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import PolicyVersion
 
 RESPONSE = ("response_ids", "rollout_logprobs", "token_versions", "response", "finish_reason")
@@ -100,7 +101,9 @@ class Bench:
         assert leased is not None, f"nothing is ready for {stage}"
         return leased
 
-    def ack(self, lease: Leased, rows: Sequence[int] | None = None, *, version: int = 0, tokens: int = 5) -> None:
+    def ack(
+        self, lease: Leased, rows: Sequence[int] | None = None, *, version: int = 0, tokens: int = 5, frame: int = 1
+    ) -> None:
         rows = lease.rows if rows is None else rows
         columns, packed = self.table.schema.writes[lease.stage], PolicyVersion(n=version).packed
         if lease.stage != "rollout":
@@ -112,7 +115,7 @@ class Bench:
                 lease.lease_id,
                 rows,
                 columns=columns,
-                frame=1,
+                frame=frame,
                 tokens=[tokens] * many,
                 oldest=[packed] * many,
                 newest=[packed] * many,
@@ -303,7 +306,8 @@ def test_an_ack_says_for_whom_something_became_possible() -> None:
     (leased,) = bench.table.lease("rollout", worker="w", max_rows=1, max_tokens=None, deadline=1.0)
     bench.table.apply(leased)
 
-    (acked,) = bench.table.ack(1, [0], columns=bench.table.schema.writes["rollout"], frame=1)
+    columns = bench.table.schema.writes["rollout"]
+    (acked,) = bench.table.ack(1, [0], columns=columns, frame=1, tokens=[5], oldest=[0], newest=[0])
 
     assert bench.table.apply(acked) == {"reward", "judge"}
 
@@ -480,7 +484,7 @@ def test_a_final_failure_is_quarantined_at_once_and_its_neighbours_survive() -> 
     events = bench.nack(lease, [1], reason="prompt too long", final=True)
 
     assert events == [
-        Returned(lease_id=lease.lease_id, rows=(1,), reason="prompt too long"),
+        Returned(lease_id=lease.lease_id, rows=(1,), reason="prompt too long", final=True),
         Quarantined(rows=(1,), reason="prompt too long"),
     ]
     assert bench.states() == dict.fromkeys((0, 2, 3), "generating")
@@ -647,7 +651,7 @@ def test_rows_are_acked_once() -> None:
     bench.ack(lease, [0])
 
     with pytest.raises(LeaseLost):
-        bench.ack(lease, [0])
+        bench.ack(lease, [0], frame=3)
     with pytest.raises(IllegalTransition, match="names a sample twice"):
         bench.ack(lease, [1, 1])
 

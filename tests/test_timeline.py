@@ -24,7 +24,7 @@ from asyncflow.rundir import TRACE
 from asyncflow.runtime.metrics import read_metrics
 from asyncflow.runtime.timeline import Doing, Span, TraceTimeline, read_trace
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.table import ADMISSION
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import Completion, PolicyVersion, Sampling, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import Heartbeat, HeldLease, StageWorker

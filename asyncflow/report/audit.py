@@ -16,6 +16,7 @@ import msgspec
 
 from asyncflow.errors import LedgerError
 from asyncflow.rundir import LEDGER
+from asyncflow.store.columns import TOKEN_VERSIONS
 from asyncflow.store.events import (
     Acked,
     Admitted,
@@ -32,7 +33,8 @@ from asyncflow.store.events import (
     Returned,
     Served,
 )
-from asyncflow.store.journal import Record, read_ledger
+from asyncflow.store.journal import LedgerReader, Record
+from asyncflow.store.schema import Schema
 from asyncflow.types import PolicyVersion
 
 MAX_NAMED = 10
@@ -133,17 +135,20 @@ def audit(run_dir: Path) -> Audit:
     Raises LedgerError when the ledger is missing, newer than this program, or cannot be read to its end.
     """
     path = run_dir / LEDGER
-    records = read_ledger(path)
-    first = next(records, None)
-    if first is None or not isinstance(first.event, Opened):
-        raise LedgerError(f"{path} does not begin with the terms of a run: it holds no run, or its beginning is lost")
-    books = _Books(first.event)
-    for record in records:
-        try:
-            books.enter(record)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise LedgerError(f"{path}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from None
-    return books.close()
+    with LedgerReader(path) as ledger:
+        records = ledger.records()
+        first = next(records, None)
+        if first is None or not isinstance(first.event, Opened):
+            raise LedgerError(
+                f"{path} does not begin with the terms of a run: it holds no run, or its beginning is lost"
+            )
+        books = _Books(first.event, ledger.schema)
+        for record in records:
+            try:
+                books.enter(record)
+            except (TypeError, ValueError, LookupError, AttributeError) as error:
+                raise LedgerError(f"{path}: event {record.lsn} ({record.event.kind}) makes no sense: {error}") from None
+        return books.close()
 
 
 @dataclass(slots=True)
@@ -162,8 +167,12 @@ class _Sample:
 
 
 class _Books:
-    def __init__(self, terms: Opened) -> None:
+    def __init__(self, terms: Opened, schema: Schema) -> None:
         self.terms = terms
+        self.train = schema.train.name
+        self.response = schema.writes[schema.generate.name]
+        """Bits of the columns that make a sample a completion."""
+        self.version_bit = schema.mask({TOKEN_VERSIONS} & schema.columns.keys())
         self.samples: dict[int, _Sample] = {}
         self.groups: dict[int, set[int]] = {}
         """Open groups → their open samples."""
@@ -257,6 +266,8 @@ class _Books:
             group = groups[offset // size]
             self.samples[sample_id] = _Sample(group=group)
             self.groups.setdefault(group, set()).add(sample_id)
+        if (brought := event.samples) is not None:
+            self._append(ids, brought.columns, brought.oldest, brought.newest)
         self.admitted += len(ids)
         self._check_room(lsn)
 
@@ -288,12 +299,20 @@ class _Books:
 
     def _acked(self, lsn: int, event: Acked) -> None:
         self._release(lsn, event)
-        for index, sample_id in enumerate(event.rows):
+        self._append(event.rows, event.columns, event.oldest, event.newest)
+
+    def _append(
+        self, rows: Sequence[int], columns: int, oldests: Sequence[int | None], newests: Sequence[int | None]
+    ) -> None:
+        """Samples have more columns now."""
+        for index, sample_id in enumerate(rows):
             sample = self.samples.get(sample_id)
-            if sample is None or not event.tokens:
+            if sample is None:
                 continue
-            sample.has_response = True
-            oldest, newest = event.oldest[index], event.newest[index]
+            sample.has_response |= columns & self.response == self.response
+            if not columns & self.version_bit:
+                continue
+            oldest, newest = oldests[index], newests[index]
             if oldest is None or newest is None:
                 continue
             sample.versions = span = PolicyVersion.unpack(oldest), PolicyVersion.unpack(newest)
@@ -483,8 +502,8 @@ class _Books:
     def _bound(self, sample_id: int) -> int:
         """What held when the sample was leased to be trained."""
         sample = self.samples.get(sample_id)
-        leases = sample.leases.values() if sample else ()
-        return self.bounds.get(max(leases, default=0), self.terms.max_staleness)
+        lease_id = sample.leases.get(self.train) if sample else None
+        return self.terms.max_staleness if lease_id is None else self.bounds[lease_id]
 
     def _spans(self, sample_id: int) -> bool:
         sample = self.samples.get(sample_id)

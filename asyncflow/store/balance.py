@@ -19,6 +19,8 @@ Parts = list[list[int]]
 
 CLOSE_ENOUGH = 1000
 """Shares that differ by less than one part in so many are not improved any more."""
+MOST_CELLS = 1 << 20
+"""Items times shares: above it the greedy shares have to do, because differencing keeps so many lists at first."""
 
 
 def balanced(
@@ -32,7 +34,12 @@ def balanced(
     if k < 1:
         raise ValueError(f"there is no way to make {k} shares: ask for at least 1")
     values = [int(weight) for weight in weights]
-    made = [differencing(values, k, equal_counts=equal_counts), greedy(values, k, equal_counts=equal_counts)]
+    if k >= len(values):  # nothing is better than one item a share, the heaviest first
+        alone = [np.array([i], np.int64) for i in sorted(range(len(values)), key=lambda i: (-values[i], i))]
+        return alone + [np.zeros(0, np.int64)] * (k - len(values))
+    made = [greedy(values, k, equal_counts=equal_counts)]
+    if len(values) * k <= MOST_CELLS:
+        made.insert(0, differencing(values, k, equal_counts=equal_counts))
     for parts in made:
         _exchange(parts, values, equal_counts=equal_counts)
     best = min(made, key=lambda parts: _spread(parts, values))

@@ -34,9 +34,7 @@ def conform(batch: pa.RecordBatch, types: Mapping[str, pa.DataType], expected: S
 
 def _is_right(array: pa.Array, wanted: pa.DataType | None) -> bool:
     """Whether there is nothing to do, as far as can be seen at a glance."""
-    if array.type != wanted or array.null_count:
-        return False
-    return not pa.types.is_list(wanted) or not array.values.null_count
+    return array.type == wanted and not _empty_values(array)
 
 
 def _conform_array(name: str, array: pa.Array, wanted: pa.DataType) -> pa.Array:
@@ -45,10 +43,18 @@ def _conform_array(name: str, array: pa.Array, wanted: pa.DataType) -> pa.Array:
             array = array.cast(wanted)
         except pa.ArrowException as error:
             raise StoreError(f"column {name} must be {wanted}, not {array.type}: {error}") from None
-    empty = array.null_count or (array.flatten().null_count if pa.types.is_list(array.type) else 0)
-    if empty:
+    if empty := _empty_values(array):
         raise StoreError(f"column {name} has {empty} empty values: every sample and token needs one")
     return array
+
+
+def _empty_values(array: pa.Array) -> int:
+    """How many of the values are empty, or of the values in its lists."""
+    kind = array.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if array.null_count or not is_list:
+        return int(array.null_count)
+    return _empty_values(array.flatten())
 
 
 def lengths(lists: pa.ListArray) -> NDArray[np.int64]:

@@ -21,6 +21,9 @@ PLAIN: Final = 64
 LONGEST: Final = 1 << 24
 """Values in one list: more make no sense, and would fill the memory."""
 
+LONGEST_PRODUCER: Final = 256
+"""Characters."""
+
 LatePolicy = Literal["wait", "drop", "requeue", "mask"]
 
 
@@ -84,6 +87,8 @@ class PutId(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Names one put, so that repeating it changes nothing."""
 
     producer: str
+    """At most `LONGEST_PRODUCER` characters. The 65,536 producers that put last are known: a put of another one counts
+    as new, also when it is repeated."""
     epoch: int = 0
     """Grows when a producer starts again: puts of an earlier epoch are refused from then on."""
     sequence: int
@@ -117,6 +122,10 @@ class Admitted(Event, frozen=True, kw_only=True):
     samples: Samples | None = None
     """None: they are prompts so far."""
     put: PutId | None = None
+
+    @property
+    def size(self) -> int:
+        return max(len(self.prompt_tokens), len(self.samples.tokens) if self.samples is not None else 0)
 
 
 class Leased(Event, frozen=True, kw_only=True):
@@ -163,7 +172,7 @@ class Acked(Event, frozen=True, kw_only=True):
     newest: tuple[int | None, ...] = ()
 
 
-class Returned(Event, frozen=True, kw_only=True):
+class Returned(Event, frozen=True, kw_only=True, omit_defaults=True):
     """Rows came back undone: by their worker, or because the lease ran out."""
 
     kind = "returned"
@@ -171,6 +180,9 @@ class Returned(Event, frozen=True, kw_only=True):
     lease_id: int
     rows: tuple[int, ...]
     reason: str
+    final: bool = False
+    """The stage does not want them again. Of a stage that training needs they are quarantined; one that only looks on
+    does not get them any more."""
 
 
 class Committed(Event, frozen=True, kw_only=True):
@@ -208,6 +220,7 @@ class Restored(Event, frozen=True, kw_only=True):
     """Rows in quarantine are open again, in their old places."""
 
     kind = "restored"
+    ids = ("rows",)
     rows: tuple[int, ...]
 
 
@@ -215,6 +228,7 @@ class Requeued(Event, frozen=True, kw_only=True):
     """Rows whose tokens are too old are prompts again, in their old places."""
 
     kind = "requeued"
+    ids = ("rows",)
     rows: tuple[int, ...]
 
 
@@ -232,6 +246,7 @@ class Prioritised(Event, frozen=True, kw_only=True):
     """Rows have another priority from now on; those that were admitted without one have 0."""
 
     kind = "prioritised"
+    ids = ("rows",)
     rows: tuple[int, ...]
     priority: int
 

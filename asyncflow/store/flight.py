@@ -48,6 +48,8 @@ MAX_PUT_TOGETHER = 1 << 30
 """Bytes of all puts under way."""
 MAX_WAITING = 1024
 """Calls that may wait at the same time; each has a thread."""
+SHUTDOWN = 5.0
+"""Seconds that calls have to end when the server stops."""
 UNNAMED_FOR = 600.0
 """Seconds after which a frame that nobody has named is given up."""
 
@@ -99,11 +101,17 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         self._waiting = _Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
         self._puts = _Places(most_puts, "too many puts are under way", "end one first")
         self._received = _Received(most_together)
+        self._ending = threading.Thread(target=self.shutdown, name="store-shutdown", daemon=True)
 
     def close(self) -> None:
-        """Close the store, which ends the calls that wait, and stop."""
+        """Close the store, which ends the calls that wait, and stop. Who sends something for ever is not waited for."""
         self._store.close()
-        self.shutdown()
+        # Flight has no deadline for this. The thread keeps the server, whose end would wait as well.
+        if self._ending.ident is None:
+            self._ending.start()
+        self._ending.join(SHUTDOWN)
+        if self._ending.is_alive():
+            logger.warning("a client has not ended its call: the store has closed without it")
 
     # -- control -------------------------------------------------------------------------------------------------------
 
@@ -149,8 +157,9 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         reader: fl.MetadataRecordBatchReader,
         writer: fl.FlightMetadataWriter,
     ) -> None:
-        with _refusals(), self._puts.one(), self._received.put() as received:
-            batch = received.batch(reader, self._store.schema)
+        with _refusals(), self._received.put() as received:
+            with self._puts.one():  # not while it waits for room: those who make some put as well
+                batch = received.batch(reader, self._store.schema)
             if descriptor.path == [b"frame"]:
                 frame = self._store.append(batch)
                 self._unnamed.add(frame)
@@ -255,10 +264,14 @@ def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
     def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
         values = _values(request)
         frames = (request.frame, *(() if request.samples is None else (request.samples.frame,)))
+        settled = True
         try:
-            return broker.admit(**values, alive=lambda: not context.is_cancelled())
+            first = broker.admit(**values, alive=lambda: not context.is_cancelled())
+            settled = first is not None  # or it is asked for again, with the same frames
         finally:
-            unnamed.named(*frames)
+            if settled:
+                unnamed.named(*frames)
+        return first
 
     def lease(request: wire.LeaseRows, context: fl.ServerCallContext) -> Any:
         return broker.lease(**_values(request), alive=lambda: not context.is_cancelled())
@@ -310,9 +323,9 @@ class _Places:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Raises StoreError when there is no place."""
+        """Raises FlightUnavailableError when there is no place: later there may be."""
         if not self._places.acquire(blocking=False):
-            raise StoreError(self._refusal)
+            raise fl.FlightUnavailableError(self._refusal)
         try:
             yield
         finally:
@@ -336,10 +349,10 @@ class _Received:
             self.add(-receiver.size)
 
     def add(self, size: int) -> None:
-        """Raises StoreError for more than there is room for."""
+        """Raises FlightUnavailableError for more than there is room for now."""
         with self._lock:
             if size > 0 and self._bytes + size > self._most:
-                raise StoreError(
+                raise fl.FlightUnavailableError(
                     f"the puts under way have {self._bytes} bytes and {self._most} are allowed: try again when "
                     "some have ended"
                 )

@@ -79,6 +79,17 @@ _NEXT: Mapping[Move, NDArray[np.uint8]] = {
 }
 
 
+LATE = "late"
+SHORT_GROUP = "short_group"
+STRAGGLER = "straggler"
+SKIPPED = "zero_variance_skipped"
+RESERVED = (LATE, SHORT_GROUP, STRAGGLER, SKIPPED)
+"""Reasons for which only the store itself drops samples."""
+RAN_OUT = "the lease of {} ran out"
+HAS_DIED = "{} has died"
+"""Reasons for which only the store itself takes the rows of a worker's lease back."""
+
+
 def next_states(states: NDArray[np.uint8], move: Move) -> NDArray[np.uint8]:
     """Where `move` leads samples in these states (places in `STATES`). Raises IllegalTransition where it is illegal."""
     after: NDArray[np.uint8] = _NEXT[move][states]

@@ -16,11 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 def rebuild(schema: Schema, ledger: Path) -> Table:
-    """The table at the end of a ledger. Raises LedgerError.
+    """The table at the end of a ledger. Raises LedgerError, also when the ledger is of other columns or stages.
 
     A snapshot that cannot be used is named in a warning: the ledger has everything, it only takes longer.
     """
     with LedgerReader(ledger) as reader:
+        if not reader.schema.is_as(schema):
+            raise LedgerError(
+                f"{ledger} is of other columns or stages: its bits would mean something else. Go on with what it was "
+                "made with, or begin anew"
+            )
         try:
             snapshot = read_snapshot(schema, reader)
             table = Table.load(schema, snapshot.image, snapshot.arrays)

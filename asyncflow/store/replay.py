@@ -41,9 +41,11 @@ from asyncflow.store.events import (
     Returned,
     Served,
 )
+from asyncflow.store.image import timeless
 from asyncflow.store.journal import LedgerReader, Record
+from asyncflow.store.lifecycle import HAS_DIED, LATE, RAN_OUT, STRAGGLER
 from asyncflow.store.recovery import apply_record
-from asyncflow.store.table import LATE, STRAGGLER, Table
+from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
 NEVER = float("inf")
@@ -74,8 +76,7 @@ def table_at(ledger: Path, until: int | None = None) -> tuple[Table, int]:
 def digest(table: Table) -> str:
     """xxh3-128 of everything that the table knows: the same on every machine, for the same events."""
     image, arrays = table.dump()
-    # Deadlines are of the clock of one process, and renewals are not journaled.
-    image.leases = [(*lease[:5], 0.0, *lease[6:]) for lease in image.leases]
+    image = timeless(image)
     image.served, image.ended = dict(sorted(image.served.items())), dict(sorted(image.ended.items()))
     image.reasons = dict(sorted(image.reasons.items()))
     check = xxhash.xxh3_128(msgspec.json.encode(image))
@@ -225,15 +226,23 @@ def _lease(table: Table, leased: Leased) -> list[Event]:
 def _give_back(table: Table, first: Returned, events: Sequence[Event]) -> Sequence[Event]:
     """A worker gave rows back, to be tried again or not; or leases ran out, perhaps several at once."""
     lease = table.leases.get(first.lease_id)
-    if lease is not None and first.reason == f"the lease of {lease.worker} ran out":
-        over = {event.lease_id for event in events if isinstance(event, Returned)}
+    if lease is not None and first.reason == RAN_OUT.format(lease.worker):
+        over = set[int]()
+        for event in events:  # another worker may have given rows back at the same time
+            if not isinstance(event, Returned) or not _has_run_out(table, event):
+                break
+            over.add(event.lease_id)
         for lease_id in table.leases:
             table.apply(Renewed(lease_id=lease_id, deadline=0.0 if lease_id in over else NEVER))
         return table.expire(0.0)
-    if lease is not None and first.reason == f"{lease.worker} has died":
+    if lease is not None and first.reason == HAS_DIED.format(lease.worker):
         return table.gone(lease.worker)
-    answers = [table.nack(first.lease_id, first.rows, reason=first.reason, final=final) for final in (False, True)]
-    return max(answers, key=lambda decided: (list(events[: len(decided)]) == decided, len(decided)))
+    return table.nack(first.lease_id, first.rows, reason=first.reason, final=first.final)
+
+
+def _has_run_out(table: Table, event: Returned) -> bool:
+    lease = table.leases.get(event.lease_id)
+    return lease is not None and event.reason == RAN_OUT.format(lease.worker)
 
 
 _QUESTIONS: Mapping[type[Event], Callable[[Table, Any, Sequence[Event]], Sequence[Event] | None]] = {

@@ -5,7 +5,7 @@ Entry i belongs to sample `base + i`. Arrays grow by doubling, and forget their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -251,24 +251,26 @@ class Rows:
         flags: Flags = (self.state[index] < len(OPEN_STATES)) | self.kept[index]
         return flags
 
+    def narrow(self, flags: Flags, ids: Ids, holds: Callable[[Ids], Flags]) -> Flags:
+        """Those of the flags, one for each of these ids in any shape, for which this holds too. It is given the index
+        of their samples, which have entries."""
+        narrowed = flags.copy()
+        narrowed[flags] = holds(ids[flags] - self.base)
+        return narrowed
+
+    def has_entry(self, ids: Ids) -> Flags:
+        """Which of these numbers are samples of which something is known."""
+        return (ids >= self.base) & (ids < self.end)
+
     def is_open(self, ids: Ids) -> Flags:
         """Which of these are samples that have not ended; any number may be asked for."""
-        inside = (ids >= self.base) & (ids < self.end)
-        inside[inside] = self.state[ids[inside] - self.base] < len(OPEN_STATES)
-        return inside
+        return self.narrow(self.has_entry(ids), ids, lambda index: self.state[index] < len(OPEN_STATES))
 
     def is_quarantined(self, ids: Ids) -> Flags:
         """Which of these may be put back from quarantine; any number may be asked for."""
-        inside = (ids >= self.base) & (ids < self.end)
-        index = ids[inside] - self.base
-        inside[inside] = self.kept[index] & (self.state[index] == QUARANTINED)
-        return inside
-
-    def plain(self) -> dict[str, Any]:
-        """Everything about the samples that are alive, as values that can be compared."""
-        ids = self.alive()
-        arrays = {name: getattr(self, name)[..., ids - self.base].tobytes() for name in self._fields}
-        return {"ids": ids.tobytes(), **arrays, "reasons": {i: tuple(why) for i, why in self.reasons.items()}}
+        return self.narrow(
+            self.has_entry(ids), ids, lambda index: self.kept[index] & (self.state[index] == QUARANTINED)
+        )
 
     def _make_room(self, count: int) -> None:
         alive = self.alive()

@@ -54,32 +54,41 @@ class Fifo(Marks):
 
 
 class Sorted:
-    """By a key. What a call costs grows with how many different keys there are, not with how many samples."""
+    """By a key. What a call costs grows with the ids that it names, not with how many keys or samples there are."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
+        self._key: dict[int, int] = {}
+        """Sample that is there → its key when it was put, which may be another one now."""
         self._lines: dict[int, Fifo] = {}
         self._order: list[int] = []
         """The keys of `_lines`, ascending."""
 
     @property
     def count(self) -> int:
-        return sum(line.count for line in self._lines.values())
+        return len(self._key)
 
     def put(self, ids: Ids, there: Flags | bool) -> None:
-        there = np.broadcast_to(there, ids.shape)
-        for line in self._lines.values():
-            line.put(ids, there=False)  # a key may have changed: where it was is not where it is to be
-        added = ids[there]
-        keys = self._keys(added)
-        for key in np.unique(keys).tolist():
+        gone: dict[int, list[int]] = {}
+        for number in ids.tolist():
+            if (key := self._key.pop(number, None)) is not None:
+                gone.setdefault(key, []).append(number)
+        added = ids[np.broadcast_to(there, ids.shape)]
+        new: dict[int, list[int]] = {}
+        for number, key in zip(added.tolist(), self._keys(added).tolist(), strict=True):
+            self._key[number] = key
+            new.setdefault(key, []).append(number)
+        for key, numbers in gone.items():
+            self._lines[key].put(np.array(numbers, np.int64), there=False)
+        for key, numbers in new.items():
             if key not in self._lines:
                 self._lines[key] = Fifo()
                 insort(self._order, key)
-            self._lines[key].put(added[keys == key], there=True)
-        for key in [key for key, line in self._lines.items() if not line.count]:
-            del self._lines[key]
-            self._order.remove(key)
+            self._lines[key].put(np.array(numbers, np.int64), there=True)
+        for key in gone:
+            if not self._lines[key].count:
+                del self._lines[key]
+                self._order.remove(key)
 
     def first(self, most: int, *, before: int | None = None) -> Ids:
         found: list[Ids] = []
@@ -97,6 +106,7 @@ class Sorted:
         other = type(self)(self._keys)
         other._lines = {key: line.copy() for key, line in self._lines.items()}
         other._order = list(self._order)
+        other._key = dict(self._key)
         return other
 
 

@@ -10,6 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from asyncflow.errors import ConfigError
+from asyncflow.store.columns import PROMPT_IDS, RESPONSE_IDS, TOKEN_VERSIONS
 
 Role = Literal["generate", "score", "train"]
 Order = Literal["fifo", "freshest", "priority"]
@@ -64,8 +65,9 @@ class Stage:
 class Schema:
     """The columns of one run as bits, and its stages, checked to fit together.
 
-    Raises ConfigError when a stage needs a column that nobody writes, two stages write the same one, there is not
-    exactly one stage that generates and one that trains, or there are more columns than a bit set holds.
+    Raises ConfigError when a stage needs a column that nobody writes, or that is only written after the stage itself,
+    two stages write the same one, there is not exactly one stage that generates and one that trains, a column with a
+    meaning has a type that cannot have it, or there are more columns than a bit set holds.
     """
 
     def __init__(
@@ -103,6 +105,20 @@ class Schema:
         """Every column that a sample has in the end, in data order."""
         self.written_mask = self.mask(self.written)
         self._check()
+        self.needed = self._needed()
+        """Stages without which nothing could be trained. The others look on: they hold no sample up."""
+
+    def is_as(self, other: Schema) -> bool:
+        """Whether both say the same, to the order of the bits. (As text they may differ by Arrow's release.)"""
+        return all(
+            mine == theirs
+            for mine, theirs in (
+                (list(self.columns.items()), list(other.columns.items())),
+                (msgspec.json.encode(list(self.stages.values())), msgspec.json.encode(list(other.stages.values()))),
+                (self.prompt_columns, other.prompt_columns),
+                (self.token_columns, other.token_columns),
+            )
+        )
 
     def to_json(self) -> str:
         """All of it, as the ledger keeps it and as clients are told."""
@@ -182,6 +198,36 @@ class Schema:
         for stage in self.stages.values():
             if missing := self.names(self.needs[stage.name] & ~written):
                 raise ConfigError(f"stage {stage.name} needs {', '.join(missing)}, which no stage writes")
+            if own := self.names(self.needs[stage.name] & self.writes[stage.name]):
+                raise ConfigError(f"stage {stage.name} needs {', '.join(own)}, which it writes itself: it never begins")
+        self._check_order()
+        for name in (PROMPT_IDS, RESPONSE_IDS, TOKEN_VERSIONS):
+            kind = self.columns.get(name)
+            if kind is not None and not (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)):
+                raise ConfigError(
+                    f"column {name} is {kind}, and its values are counted as tokens or read as versions: make it a "
+                    "list of integers, or give it another name"
+                )
+
+    def _check_order(self) -> None:
+        """Whether every stage can begin at some time."""
+        have, waiting = self.prompt_mask, dict(self.stages)
+        while ready := [name for name in waiting if not self.needs[name] & ~have]:
+            for name in ready:
+                have |= self.writes[name]
+                del waiting[name]
+        if waiting:
+            lacks = "; ".join(f"{name} for {', '.join(self.names(self.needs[name] & ~have))}" for name in waiting)
+            raise ConfigError(f"stages wait for each other in a circle: {lacks}. Let one of them need less")
+
+    def _needed(self) -> frozenset[str]:
+        found = {self.generate.name, self.train.name}
+        wanted = self.needs[self.generate.name] | self.needs[self.train.name]
+        while more := {name for name, writes in self.writes.items() if writes & wanted} - found:
+            found |= more
+            for name in more:
+                wanted |= self.needs[name]
+        return frozenset(found)
 
 
 class _Written(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ from numpy.typing import NDArray
 from asyncflow.errors import LedgerError, StoreError
 from asyncflow.store.events import Event
 from asyncflow.store.frames import aligned
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Journal, LedgerReader
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import sync_file
-from asyncflow.store.table import Image, Table
+from asyncflow.store.table import Table
 
 _log = logging.getLogger(__name__)
 
@@ -226,7 +228,7 @@ class Snapshots:
                 self._journal.sync()
                 write_snapshot(self._ledger, lsn, table)
                 self.made += 1
-            except (OSError, LedgerError) as error:
+            except (OSError, sqlite3.Error, LedgerError) as error:
                 _log.warning("no snapshot of %s at event %d could be written: %s", self._ledger, lsn, error)
             finally:
                 del table

@@ -57,12 +57,12 @@ def verify(home: Path) -> Verified:
     faults: list[str] = []
     snapshot = _snapshot(ledger, faults)
     folder = home / DATA
-    whole, torn = 0, 0
+    whole, torn = 0, list[int]()
     segments = _present(folder)
     for number in segments:
-        for right in _frames(folder, number):
+        for frame, right in _frames(folder, number):
             whole += right
-            torn += not right
+            torn += [] if right else [frame]
     needed = table.frames()
     bad = {}
     if folder.is_dir():
@@ -81,7 +81,7 @@ def verify(home: Path) -> Verified:
         frames=whole,
         needed=len(needed),
         samples=len(_alive(table)),
-        torn=max(0, torn - len(bad)),
+        torn=len(set(torn) - bad.keys()),
         faults=tuple(faults),
         hit=tuple(hit.tolist()),
     )
@@ -111,15 +111,15 @@ def _snapshot(ledger: Path, faults: list[str]) -> str:
     return "right"
 
 
-def _frames(folder: Path, number: int) -> Iterator[bool]:
-    """Whether each frame of a segment is whole."""
+def _frames(folder: Path, number: int) -> Iterator[tuple[int, bool]]:
+    """Each frame of a segment, and whether it is whole."""
     try:
         data = segment_path(folder, number).read_bytes()
     except FileNotFoundError:
         return
     schemas: dict[int, pa.Schema] = {}
     for header in headers_of(data, number):
-        yield _is_whole(data, header, schemas)
+        yield header.frame, _is_whole(data, header, schemas)
 
 
 def _is_whole(data: bytes, header: Header, schemas: dict[int, pa.Schema]) -> bool:

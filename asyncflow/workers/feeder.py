@@ -10,7 +10,7 @@ import pyarrow as pa
 from asyncflow.data import PromptStream
 from asyncflow.store.client import StoreClient
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS
-from asyncflow.store.table import ADMISSION
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import Int32s, Prompt, Timeline
 from asyncflow.workers.base import PATIENCE, PAUSE, Worker
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.engines.base import GenerationRequest, RolloutEngine, Served, WeightSnapshot
 from asyncflow.errors import Closed, EngineError, WeightsError
-from asyncflow.store.table import WEIGHTS
+from asyncflow.store.topics import WEIGHTS
 from asyncflow.types import Completion, Int32s, Sampling, Timeline, UpdateMode
 
 T = TypeVar("T")

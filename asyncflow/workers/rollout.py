@@ -19,7 +19,7 @@ from asyncflow.engines.base import GenerationRequest
 from asyncflow.errors import EngineError, PromptTooLong, StoreError
 from asyncflow.store.client import LeasedRow, StoreClient
 from asyncflow.store.schema import COLUMNS, Stage
-from asyncflow.store.table import WEIGHTS
+from asyncflow.store.topics import WEIGHTS
 from asyncflow.types import Completion, Int32s, PolicyVersion, Sampling, Timeline
 from asyncflow.workers.arrow import ragged
 from asyncflow.workers.attestation import Offers

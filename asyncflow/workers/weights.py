@@ -8,7 +8,7 @@ from collections.abc import Callable
 from asyncflow.engines.base import WeightSnapshot
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.store.client import StoreClient
-from asyncflow.store.table import WEIGHTS
+from asyncflow.store.topics import WEIGHTS
 from asyncflow.types import PolicyVersion, Recorder, Timeline, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Worker

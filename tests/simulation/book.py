@@ -22,9 +22,9 @@ from asyncflow.store.events import (
     Resumed,
     Returned,
 )
+from asyncflow.store.lifecycle import STRAGGLER
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Stage
-from asyncflow.store.table import STRAGGLER
 from asyncflow.store.wire import Message
 from asyncflow.types import PolicyVersion
 from tests.test_table_model import REWARD, ROLLOUT, Witness, expected_capacity, insist

@@ -15,9 +15,9 @@ import xxhash
 from asyncflow.errors import DamagedData, LedgerError
 from asyncflow.store.events import Event, Opened, from_json
 from asyncflow.store.frames import BATCH, HEADER_BYTES, OFFSET_BITS, SCHEMA, Encoder, Header, aligned
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Record
 from asyncflow.store.segments import Shelf, _parse, gather, segment_of
-from asyncflow.store.table import Image
 from tests.test_table_model import insist
 
 from .world import Killed, Process, World
@@ -224,6 +224,10 @@ class SegmentDisk(Shelf):
 
     def present(self) -> dict[int, int]:
         return {number: len(file.data) for number, file in self.files.items()}
+
+    def end_of(self, frame: int) -> int:
+        offset = frame & ((1 << OFFSET_BITS) - 1)
+        return offset + self.length(self.files[segment_of(frame)], offset)
 
     def name(self, number: int) -> str:
         return f"segment {number}"

@@ -18,6 +18,7 @@ from asyncflow.store import wire
 from asyncflow.store.account import Account
 from asyncflow.store.broker import TIDY_EVERY, Broker, _Parked
 from asyncflow.store.events import Event, Leased, Opened, Returned
+from asyncflow.store.image import Image
 from asyncflow.store.journal import Durability
 from asyncflow.store.recovery import apply_all
 from asyncflow.store.remote import RemoteControl
@@ -25,7 +26,7 @@ from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import segment_of
 from asyncflow.store.store import Store
-from asyncflow.store.table import Image, Table
+from asyncflow.store.table import Table
 from tests.test_table_model import insist
 
 from .book import Book, Key, key_of_request
@@ -73,10 +74,10 @@ class SimBroker(Broker):
         due = self._next_chore()
         self._asleep_until = due
         if due < math.inf:
-            self._world.at(max(0.0, due - self._clock.monotonic()), self._chore)
+            self._world.at(max(0.0, due - self.clock.monotonic()), self._chore)
 
     def _chore(self) -> None:
-        if self._process.dead or self._closed or self._asleep_until > self._clock.monotonic():
+        if self._process.dead or self._closed or self._asleep_until > self.clock.monotonic():
             return
         self._asleep_until = -math.inf
         try:
@@ -84,13 +85,13 @@ class SimBroker(Broker):
         except Closed:
             return
         except LedgerError:
-            self._asleep_until = self._clock.monotonic() + TIDY_EVERY
+            self._asleep_until = self.clock.monotonic() + TIDY_EVERY
             self._world.at(TIDY_EVERY, self._chore)
             return
         except Killed as death:
             self._on_death(isinstance(death, PowerCut))
             return
-        insist(self._next_chore() > self._clock.monotonic(), "leases run out in time", self._next_chore())
+        insist(self._next_chore() > self.clock.monotonic(), "leases run out in time", self._next_chore())
         self._wake()
 
 
@@ -514,5 +515,5 @@ def control_of(server: Server, process: Process) -> RemoteControl:
             return timeout
 
     control = Control("sim", token="", patience=4.0, clock=server.world, sleep=server.world.sleep)
-    control._producer = f"auto {process.name}"
+    control._name = f"auto {process.name}"
     return control
