@@ -58,6 +58,8 @@ from asyncflow.types import PolicyVersion
 
 LATE = "late"
 SHORT_GROUP = "short_group"
+RAN_OUT = "the lease of {} ran out"
+"""Why the rows of a lease came back, with its worker."""
 STRAGGLER = "straggler"
 SKIPPED = "zero_variance_skipped"
 
@@ -746,7 +748,7 @@ class Table:
     def expire(self, now: float) -> list[Event]:
         """Take back the rows of every lease whose deadline has passed; when there is none, give up those rows for which
         the training stage has waited too long. Called until nothing is left to do at this time."""
-        returns = self._take_back(lambda lease: lease.deadline <= now, "the lease of {} ran out")
+        returns = self._take_back(lambda lease: lease.deadline <= now, RAN_OUT)
         return returns or self._close_groups(now)
 
     def gone(self, worker: str) -> list[Event]:
