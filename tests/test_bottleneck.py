@@ -143,7 +143,8 @@ def line(seconds: float = 1.0, **shares: float) -> dict[str, Any]:
 
 
 def sentence(*steps: dict[str, Any]) -> str | None:
-    return diagnose(steps, max_staleness=1, update="boundary")
+    found = diagnose(steps, max_staleness=1, update="boundary")
+    return None if found is None else found.text
 
 
 FILLING = line(100.0, actor_update__busy=0.0, actor_update__wait_for__feeder=1.0)

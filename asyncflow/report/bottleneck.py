@@ -45,18 +45,19 @@ class Bottleneck:
     """One sentence with the numbers and the advice."""
 
 
-def diagnose(steps: Sequence[Mapping[str, Any]], *, max_staleness: int, update: str) -> str | None:
-    """The sentence for a whole run, from its step lines; None when no step after the first one was timed."""
+def diagnose(steps: Sequence[Mapping[str, Any]], *, max_staleness: int, update: str) -> Bottleneck | None:
+    """That of a whole run, from its step lines; None when no step after the first one was timed."""
     later = [step for step in steps[1:] if _is_share(step.get(f"{PREFIX}{LEARNER}/busy"))]
     if not later:
         return None
     evaluating = mean_shares(later).get("evaluator/busy", 0.0)
     if evaluating >= EVALUATION:
-        return (
+        text = (
             f"Evaluation took {evaluating:.0%} of the time and shares the engine with the rollouts: raise eval_every "
             "or lower data.eval_size."
         )
-    return bottleneck(mean_shares(steady(later)), max_staleness=max_staleness, update=update).text
+        return Bottleneck(stage="evaluator", text=text)
+    return bottleneck(mean_shares(steady(later)), max_staleness=max_staleness, update=update)
 
 
 def steady(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

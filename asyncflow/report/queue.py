@@ -92,8 +92,11 @@ class Queue:
 
 
 def queue_of(follower: Follower, *, now: float | None, stat: Stat | None, size: int) -> Queue:
-    """`follower` as it is, under its lock. `now`: Unix time; None: the run has ended. `stat`: what its store says, which
-    knows how long leases have. `size`: bytes of its data where the store says nothing. Raises LedgerError."""
+    """Under the lock of the follower, as it is. Raises LedgerError.
+
+    `now`: Unix time; None: the run has ended. `stat`: what its store says, which alone knows how long leases have.
+    `size`: bytes of its data, if the store says nothing.
+    """
     table = follower.table
     counts = counts_of(table, size if stat is None else stat.counts.bytes)
     at = follower.at if now is None else max(now, follower.at)

@@ -91,6 +91,10 @@ class Completions:
             self._end(n)
         return {"prompt_ids": prompt_ids.tolist(), "completions": [_plain(completion) for completion in made]}
 
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> list[list[int]]:
+        """Raises ControlError for what is neither text nor messages, and DataError as `asyncflow.data.tokenise`."""
+        return [self._tokens(prompt).tolist() for prompt in prompts]
+
     def _tokens(self, prompt: str | Sequence[int] | Sequence[dict[str, str]]) -> Int32s:
         if isinstance(prompt, str):
             return tokenise(Prompt(messages=prompt), self._tokenizer)

@@ -67,6 +67,9 @@ class RunControl(Protocol):
     def shares(self, seconds: float) -> Mapping[str, float]:
         """Shares of the last so many seconds, in the names of `asyncflow.report.bottleneck`."""
 
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        """Texts or chat messages as the run's own prompts become tokens."""
+
     def complete(
         self,
         prompt: str | Sequence[int] | Sequence[dict[str, str]],
@@ -93,6 +96,7 @@ CALLS = (
     "undrain",
     "timeline",
     "shares",
+    "tokenise",
     "complete",
 )
 """What can be asked for over the socket: the methods of `RunControl`."""
@@ -173,6 +177,10 @@ class ControlClient:
     def shares(self, seconds: float) -> Mapping[str, float]:
         shares: dict[str, float] = self._call("shares", seconds=seconds)
         return shares
+
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        tokens: list[list[int]] = self._call("tokenise", prompts=prompts)
+        return tokens
 
     def complete(
         self,

@@ -433,6 +433,11 @@ class _Run:
     def shares(self, seconds: float) -> Mapping[str, float]:
         return self._timeline.recent_shares(seconds)
 
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        if self._completions is None:
+            raise ControlError("the run has not begun yet: try again in a moment")
+        return self._completions.tokenise(prompts)
+
     def complete(
         self,
         prompt: str | Sequence[int] | Sequence[dict[str, str]],

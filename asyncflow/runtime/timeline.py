@@ -206,11 +206,11 @@ class TraceTimeline:
             del self._work[id(work)]
             now = self._clock.monotonic() if at is None else at
             self._seconds[f"stage/{work.track}/{work.name}"] += max(0.0, now - work.counted)
-            self._keep(work.track, work.name, WORK, work.began, now, args)
+            self._keep(Piece(work.track, work.name, WORK, work.began, now, args))
 
     def recorded(self, track: str, name: str, began: float, ended: float, args: Mapping[str, Any]) -> None:
         with self._lock:
-            self._keep(track, name, WORK, began, ended, args)
+            self._keep(Piece(track, name, WORK, began, ended, args))
 
     # -- for the runtime -----------------------------------------------------------------------------------------------
 
@@ -288,8 +288,7 @@ class TraceTimeline:
 
     # -- shares --------------------------------------------------------------------------------------------------------
 
-    def _keep(self, track: str, name: str, category: str, began: float, ended: float, args: Mapping[str, Any]) -> None:
-        piece = Piece(track, name, category, began, ended, args)
+    def _keep(self, piece: Piece) -> None:
         self._spans.append(piece)
         self._recent.keep(piece)
 
@@ -306,7 +305,7 @@ class TraceTimeline:
         if doing is not None:
             self._count(doing, now)
             args = {"cause": doing.cause} if doing.cause else {}
-            self._keep(doing.track, doing.name, ACTIVITY, doing.began, max(now, doing.began), args)
+            self._keep(Piece(doing.track, doing.name, ACTIVITY, doing.began, max(now, doing.began), args))
 
     def _count(self, doing: _Open, now: float) -> None:
         stage, seconds = f"stage/{doing.track}", max(0.0, now - doing.counted)

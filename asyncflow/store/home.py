@@ -157,8 +157,8 @@ class Home(ServedFolder):
 
 
 def address_of(home: Path) -> Address:
-    """Where the server of a store's directory is, or of a run's. Raises HomeError for no such directory, Unreachable when
-    it has no server."""
+    """Where the server of a store's directory, or of a run's, is. Raises HomeError for no such directory, Unreachable
+    when it has no server."""
     if not home.is_dir():
         raise HomeError(f"there is no directory {home}: name that of a store, or its location (grpc://host:port)")
     if not has_writer(home / LOCK):
