@@ -140,6 +140,12 @@ class Samples:
                         return found, brief.id if brief.id != ids[-1] else None
             return found, int(ids[most - 1]) if len(ids) > most else None
 
+    def has(self, sample_id: int) -> bool:
+        """Whether a sample was ever admitted. Raises LedgerError."""
+        with self._follower.lock:
+            self._follower.catch_up()
+            return 0 <= sample_id < self._follower.index.count
+
     def whole(self, sample_id: int) -> Whole:
         """Raises StoreError for a sample that was never admitted."""
         life = life_of(self._run_dir, sample_id)

@@ -21,7 +21,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
