@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Final
 
 from asyncflow_api.dependencies import Reads
@@ -67,7 +68,7 @@ def _prompts(asked: CompletionRequest) -> list[Any]:
 
 
 def _complete(view: RunView, prompt: str | Sequence[int], asked: CompletionRequest) -> Mapping[str, Any]:
-    return view.control.complete(
+    made: Mapping[str, Any] = view.control.complete(
         prompt,
         n=asked.n,
         max_new_tokens=asked.max_tokens,
@@ -76,12 +77,13 @@ def _complete(view: RunView, prompt: str | Sequence[int], asked: CompletionReque
         seed=asked.seed,
         timeout=asked.timeout_seconds,
     )
+    return made
 
 
 def _choice(view: RunView, asked: CompletionRequest, index: int, completion: Mapping[str, Any]) -> Choice:
     logprobs = None
     if asked.logprobs is not None:
         texts = [text or "" for text in view.samples.texts(completion["token_ids"])]
-        offsets = [len("".join(texts[:place])) for place in range(len(texts))]
+        offsets = list(accumulate(map(len, texts), initial=0))[:-1]
         logprobs = ChoiceLogprobs(tokens=texts, token_logprobs=completion["logprobs"], text_offset=offsets)
     return Choice(text=completion["text"], index=index, logprobs=logprobs, finish_reason=completion["finish_reason"])

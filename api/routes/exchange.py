@@ -190,8 +190,12 @@ def _put_id(name: PutName | None) -> PutId | None:
 # -- consumers ---------------------------------------------------------------------------------------------------------
 
 
-@router.post("/stages/{stage}/leases", summary="Take samples that are ready for a stage")
-def lease(stage: StageName, asked: LeaseRequest, request: Request, view: TheView, _: Submits) -> LeaseReply:
+@router.post(
+    "/stages/{stage}/leases", response_model=LeaseReply, summary="Take samples that are ready for a stage"
+)
+def lease(
+    stage: StageName, asked: LeaseRequest, request: Request, view: TheView, _: Submits
+) -> LeaseReply | Response:
     """They belong to the worker until it acks or nacks them, or the lease ends. With `Accept:
     application/vnd.apache.arrow.stream` the answer is columns, with `X-Lease-Id` and `X-Lease-Deadline` in its headers
     (204: nothing was ready)."""
@@ -207,7 +211,7 @@ def lease(stage: StageName, asked: LeaseRequest, request: Request, view: TheView
         )
     deadline = moment(time.time() + asked.ttl_seconds)
     if MEDIA_TYPE in request.headers.get("accept", ""):
-        return _columns(found, deadline)  # type: ignore[return-value]
+        return _columns(found, deadline)
     if found is None:
         return LeaseReply(lease_id=None, deadline=None, samples=[])
     return LeaseReply(lease_id=found.lease_id, deadline=deadline, samples=exchange.rows_of(found))
@@ -229,7 +233,7 @@ def renew(lease_id: LeaseId, asked: RenewRequest, view: TheView, _: Submits) -> 
 
 @router.post("/leases/{lease_id}/ack", summary="Bring results", openapi_extra=_takes(AckRequest))
 async def ack(lease_id: LeaseId, view: TheView, _: Submits, body: TheBody) -> LeaseUpdate:
-    """All columns that the stage writes, of some samples of the lease, which go back with that. All of it or nothing."""
+    """All columns that the stage writes, of some samples of the lease, which go back with that: all or nothing."""
 
     def bring() -> LeaseUpdate:
         view.check_live()

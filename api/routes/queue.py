@@ -53,7 +53,8 @@ def live(view: TheView, _: Reads) -> StreamingResponse:
         return data, (now, fingerprint, False), False
 
     # Nothing that is cheap says whether a worker has turned to something else, so every look is one.
-    return sse.stream((-EVERY, None, False), read, time.monotonic)
+    stream: StreamingResponse = sse.stream((-EVERY, None, False), read, time.monotonic)
+    return stream
 
 
 def look(view: RunView) -> LiveReply:

@@ -114,8 +114,16 @@ class Whole:
 class Samples:
     """The samples of one run."""
 
-    def __init__(self, run_dir: Path, follower: Follower, *, store: Callable[[], Store | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        follower: Follower,
+        *,
+        store: Callable[[], Store | None] = lambda: None,
+        most_scanned: int = MOST_SCANNED,
+    ) -> None:
         """`store`: that of the run, while it goes on, which is asked for what is in its memory only."""
+        self._most_scanned = most_scanned
         self._run_dir = run_dir
         self._follower = follower
         self._store = store
@@ -129,7 +137,7 @@ class Samples:
         with self._follower.lock:
             self._follower.catch_up()
             ids = self._candidates(wanted, before)
-            most = MOST_SCANNED if wanted.needs_columns else limit
+            most = self._most_scanned if wanted.needs_columns else limit
             found: list[Brief] = []
             for begin in range(0, min(len(ids), most), AT_ONCE):
                 some = ids[begin : min(begin + AT_ONCE, most)]
@@ -325,12 +333,14 @@ class Samples:
     @cached_property
     def _tokenizer(self) -> Any:
         """The run's, without the library around it, which takes seconds to load; None where it is not there."""
-        from tokenizers import Tokenizer
+        try:
+            from tokenizers import Tokenizer
 
-        file = self._run_dir / WEIGHTS / "tokenizer.json"
-        if not file.is_file():
-            file = tokenizer_file(str(self._config.get("model", "")))
-        return None if file is None else Tokenizer.from_file(str(file))
+            file = self._run_dir / WEIGHTS / "tokenizer.json"
+            found = file if file.is_file() else tokenizer_file(str(self._config.get("model", "")))
+        except ImportError:  # AsyncFlow is installed without the extra `models`
+            return None
+        return None if found is None else Tokenizer.from_file(str(found))
 
 
 def tokenizer_file(model: str) -> Path | None:

@@ -98,11 +98,13 @@ class Completions:
     def _tokens(self, prompt: str | Sequence[int] | Sequence[dict[str, str]]) -> Int32s:
         if isinstance(prompt, str):
             return tokenise(Prompt(messages=prompt), self._tokenizer)
-        if prompt and all(isinstance(part, dict) for part in prompt):
-            return tokenise(Prompt(messages=tuple(dict(part) for part in prompt)), self._tokenizer)  # type: ignore[call-overload]
-        if not prompt or not all(type(part) is int and 0 <= part < 1 << 31 for part in prompt):
-            raise ControlError("a prompt is text, chat messages, or token ids, and not empty")
-        return np.array(prompt, np.int32)
+        messages = [part for part in prompt if isinstance(part, dict)]
+        tokens = [part for part in prompt if type(part) is int and 0 <= part < 1 << 31]
+        if messages and len(messages) == len(prompt):
+            return tokenise(Prompt(messages=tuple(messages)), self._tokenizer)
+        if tokens and len(tokens) == len(prompt):
+            return np.array(tokens, np.int32)
+        raise ControlError("a prompt is text, chat messages, or token ids, and not empty")
 
     def _begin(self, n: int) -> None:
         with self._lock:
