@@ -118,9 +118,21 @@ Timeout = Annotated[Wait, Query(description="For bodies in Arrow.")]
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """The body of a route, for the specification."""
+    schema = kind.model_json_schema()
+    named = schema.pop("$defs", {})
+    schema["properties"] = {
+        name: _inlined(part, named) if isinstance(part, dict) else part for name, part in schema["properties"].items()
+    }
     arrow = {"schema": {"type": "string", "format": "binary"}}
-    json = {"schema": kind.model_json_schema()}
-    return {"requestBody": {"required": True, "content": {"application/json": json, MEDIA_TYPE: arrow}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}, MEDIA_TYPE: arrow}}}
+
+
+def _inlined(schema: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what it refers to in its place: there is nowhere in the specification where that could stand."""
+    if (name := schema.get("$ref")) is not None:
+        return dict(named[name.removeprefix("#/$defs/")])
+    choices = [_inlined(choice, named) for choice in schema.get("anyOf", ())]
+    return schema | ({"anyOf": choices} if choices else {})
 
 
 # -- producers ---------------------------------------------------------------------------------------------------------
@@ -190,12 +202,8 @@ def _put_id(name: PutName | None) -> PutId | None:
 # -- consumers ---------------------------------------------------------------------------------------------------------
 
 
-@router.post(
-    "/stages/{stage}/leases", response_model=LeaseReply, summary="Take samples that are ready for a stage"
-)
-def lease(
-    stage: StageName, asked: LeaseRequest, request: Request, view: TheView, _: Submits
-) -> LeaseReply | Response:
+@router.post("/stages/{stage}/leases", response_model=LeaseReply, summary="Take samples that are ready for a stage")
+def lease(stage: StageName, asked: LeaseRequest, request: Request, view: TheView, _: Submits) -> LeaseReply | Response:
     """They belong to the worker until it acks or nacks them, or the lease ends. With `Accept:
     application/vnd.apache.arrow.stream` the answer is columns, with `X-Lease-Id` and `X-Lease-Deadline` in its headers
     (204: nothing was ready)."""
