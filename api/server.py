@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Final
 
@@ -27,8 +28,8 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._certificate = certificate
 
-    async def startup(self, sockets: list[object] | None = None) -> None:
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         url, home = url_of(self._settings), self._settings.home
         address = {
             "url": url,

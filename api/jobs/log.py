@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 from asyncflow_api.jobs.redaction import Redactor
 
@@ -31,8 +32,7 @@ class LogReader:
         try:
             with self._path.open("rb") as file:
                 if offset:
-                    file.seek(offset - 1)
-                    offset += len(file.readline(LONGEST_LINE)) - 1
+                    offset = _line_start(file, offset)
                 data = file.read(most)
         except FileNotFoundError:
             return "", offset
@@ -59,3 +59,14 @@ class LogReader:
             if at < 0:
                 return start
         return start + at + 1
+
+
+def _line_start(file: BinaryIO, offset: int) -> int:
+    """Where the first line begins that does so at `offset` or after it; the file is there then."""
+    file.seek(offset - 1)
+    at = offset - 1
+    while piece := file.readline(LONGEST_LINE):
+        at += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return at
