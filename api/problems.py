@@ -51,9 +51,10 @@ class ProblemBody(BaseModel):
     request_id: str
 
 
+SCHEMA: Final = {"$ref": "#/components/schemas/ProblemBody"}
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    "4XX": {"description": "What is wrong, and what would be right", "model": ProblemBody, "content": {MEDIA_TYPE: {}}},
-    "5XX": {"description": "A fault of the service", "model": ProblemBody, "content": {MEDIA_TYPE: {}}},
+    "4XX": {"description": "What is wrong, and what would be right", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
+    "5XX": {"description": "A fault of the service", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
 }
 """For the specification: every route can answer these."""
 
@@ -151,6 +152,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(AsyncFlowError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, not_found)
+    specification = app.openapi
+
+    def with_problems() -> dict[str, Any]:
+        found = specification()
+        schema = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = found.setdefault("components", {}).setdefault("schemas", {})
+        schemas |= schema.pop("$defs") | {"ProblemBody": schema}
+        return found
+
+    app.openapi = with_problems  # type: ignore[method-assign]
 
 
 def request_id(scope: Scope) -> str:
