@@ -25,6 +25,8 @@ from asyncflow.errors import AsyncFlowError, ControlError, UserError
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
+MOST_ERRORS: Final = 50
+"""Things that are named at once, of those that are wrong."""
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -113,8 +115,8 @@ def from_error(error: AsyncFlowError) -> Problem:  # noqa: PLR0911 - a table
         case Busy():
             return Problem(429, "busy", str(error), headers={"Retry-After": str(error.seconds)})
         case Invalid():
-            found = [(_within_body(one.field), one.message) for one in error.errors]
-            return Problem(422, "invalid_config", str(error), errors=found)
+            found = [(_within_body(one.field), one.message) for one in error.errors[:MOST_ERRORS]]
+            return Problem(422, "invalid_config", "; ".join(text for _, text in found), errors=found)
         case ControlError():
             return Problem(409, "not_possible_now", str(error))
         case UserError():
@@ -137,7 +139,7 @@ def install(app: FastAPI) -> None:
     async def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         # What was sent is not sent back: it may be anything.
-        found = [(".".join(map(str, one["loc"])), str(one["msg"])) for one in error.errors()[:50]]
+        found = [(".".join(map(str, one["loc"])), str(one["msg"])) for one in error.errors()[:MOST_ERRORS]]
         text = "; ".join(f"{field}: {message}" for field, message in found)
         return Problem(422, "invalid_request", text, errors=found).response(request_id(request.scope))
 

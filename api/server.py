@@ -49,6 +49,7 @@ def make_server(
         app,
         host=settings.host,
         port=settings.port,
+        http="h11",  # whose buffer of a request's head is bounded
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -215,7 +215,7 @@ def test_a_tail_gives_complete_lines_by_number(tmp_path: Path) -> None:
     assert tail.lines(4, 5) == tail.lines(99, 5) == []
 
 
-# -- a folder, whatever became of its process ---------------------------------------------------------------------------
+# -- a folder, whatever became of its process -----------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ from asyncflow.runtime.control import ControlClient
 REPORT_TIMEOUT: Final = 120.0
 """Seconds in which the report of a run that was killed has to be written."""
 PLANS_AT_ONCE: Final = 2
+MOST_ENTRIES: Final = 1000
+"""Of a configuration."""
 REMEMBERED: Final = 256
 """Jobs of which it is remembered where the lines of their metrics are."""
 
@@ -163,6 +165,9 @@ class Jobs:
 
     def _check(self, new: NewJob) -> None:
         values = new.config
+        if _entries(values) > MOST_ENTRIES:
+            text = f"config has more than {MOST_ENTRIES} entries: there are not so many settings"
+            raise Invalid([FieldError(field="config", message=text)])
         if new.resume_from is not None:
             before = self.database.get(new.resume_from)
             if not before.ended or not (self.folder(before.id).run / LEDGER).is_file():
@@ -249,6 +254,16 @@ class Jobs:
             while len(self._tails) > REMEMBERED:
                 self._tails.popitem(last=False)
             return tail
+
+
+def _entries(value: object) -> int:
+    """Values within a value, at any depth."""
+    match value:
+        case Mapping():
+            return len(value) + sum(map(_entries, value.values()))
+        case list() | tuple():
+            return len(value) + sum(map(_entries, value))
+    return 0
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
