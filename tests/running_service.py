@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -112,8 +113,10 @@ class RunningService:
     def wait(self, job_id: str, *states: str) -> dict[str, Any]:
         """The job, once it is in one of these states; an end that is not among them fails the test."""
         seen: dict[str, Any] = {}
+        pause = threading.Event()
 
         def there() -> bool:
+            pause.wait(0.1)  # it has other things to do than to answer us
             seen.update(self.job(job_id))
             assert seen["state"] in states or seen["state"] not in ENDED, (seen["state"], seen["reason"])
             return seen["state"] in states

@@ -258,9 +258,8 @@ def test_jobs_go_on_when_the_service_is_killed_and_are_found_again(tmp_path: Pat
         service.wait(killed, "running")
         waiting = service.submit(tiny())
         service.wait(waiting, "queued")
-        pids = [
-            json.loads((service.home / "jobs" / job / "started.json").read_text())["pid"] for job in (steered, killed)
-        ]
+        started = [(service.home / "jobs" / job / "started.json").read_text() for job in (steered, killed)]
+        pids = [json.loads(line)["pid"] for line in started]
         at = ControlClient(Path(service.job(steered)["run_dir"])).status()["step"]
 
         service.kill()

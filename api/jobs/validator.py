@@ -59,15 +59,18 @@ def validate(
     order: Order, run_dir: Path | None, *, timeout: float, stopped: threading.Event | None = None
 ) -> Validation:
     """Make the plan in a child process. `run_dir`: of the run that goes on, where one does. `stopped` ends it early."""
-    request = json.dumps({"order": asdict(order), "run_dir": None if run_dir is None else str(run_dir)}).encode()
+    request = {"order": asdict(order), "run_dir": None if run_dir is None else str(run_dir)}
+    send: bytes | None = json.dumps(request).encode()
     command = [sys.executable, "-m", "asyncflow_api.jobs.validator", str(int(timeout) + 1)]
     deadline = time.monotonic() + timeout
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True) as child:
         answer = None
         while answer is None and time.monotonic() < deadline and not (stopped is not None and stopped.is_set()):
-            with suppress(subprocess.TimeoutExpired):
-                answer, _ = child.communicate(request, timeout=0.2)
+            try:
+                answer, _ = child.communicate(send, timeout=0.2)
+            except subprocess.TimeoutExpired:
+                send = None  # it goes on with what it was given first
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # with whatever it has started
     if answer is None:
