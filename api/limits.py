@@ -23,6 +23,8 @@ from asyncflow.clock import Clock
 MAX_TARGET: Final = 8192
 """Bytes of path and query."""
 MAX_HEADERS: Final = 100
+MAX_HEAD: Final = 1 << 16
+"""Bytes of their names and values."""
 MAX_DEPTH: Final = 32
 """Objects and lists within each other."""
 MAX_INTEGER: Final = 1 << 63
@@ -87,8 +89,10 @@ class Limits:
     def _check_head(self, scope: Scope) -> None:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET:
             raise Problem(414, "target_too_long", f"path and query have at most {MAX_TARGET} bytes: send less")
-        if len(scope["headers"]) > MAX_HEADERS:
-            raise Problem(431, "too_many_headers", f"a request has at most {MAX_HEADERS} headers: send fewer")
+        length = sum(len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS or length > MAX_HEAD:
+            text = f"a request has at most {MAX_HEADERS} headers of together {MAX_HEAD} bytes: send fewer"
+            raise Problem(431, "too_many_headers", text)
         if b"%00" in (scope.get("raw_path") or b"") or "\0" in scope["path"]:
             raise Problem(400, "bad_path", "a path has no NUL characters: leave them out")
 

@@ -19,7 +19,7 @@ from asyncflow_api.jobs.lifecycle import TRANSITIONS, State
 
 from asyncflow.runtime.control import ControlClient
 from tests.processes import DEADLINE, wait_until
-from tests.running_service import ENDED, ENDLESS, RunningService, tiny
+from tests.running_service import ENDLESS, RunningService, tiny
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_the_fleet_is_told_what_changes(service: RunningService, finished: str) 
 
 def test_secrets_never_come_back(service: RunningService) -> None:
     secret = "hunter2-very-secret"
-    config = tiny(rollout={"engine": "fake", "options": {"api_key": secret}})  # which the fake refuses, naming its keys
+    config = tiny(rollout={"engine": "fake", "options": {"api_key": secret}}, max_new_tokens=5000)  # has no room
     job_id = service.submit(config)
     job = service.wait(job_id, "failed")
 
@@ -277,8 +277,6 @@ def test_jobs_go_on_when_the_service_is_killed_and_are_found_again(tmp_path: Pat
         assert service.http.get(f"/v1/jobs/{killed}/report").status_code == 200  # a killed run stays readable
         assert len(events(service, killed)) > 5
 
-        on = service.submit({"steps": at + 3}, resume_from=killed)
-        assert service.wait(on, "succeeded", "failed")["state"] in ENDED
         service.stop()
         service.restart()
         assert service.job(waiting)["state"] == "succeeded"

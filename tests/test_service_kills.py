@@ -28,16 +28,17 @@ class Storm:
         """Idempotency key → job."""
         self.refused = 0
         """Submissions that got no answer, and were sent again."""
-        self.over = threading.Event()
 
-    def submit_until_over(self) -> None:
-        """A few at a time, so that there is always something to submit and something to run."""
-        while not self.over.is_set():
-            self.submit(f"key-{len(self.acknowledged)}")
-            self.over.wait(self.rng.random() * 4)
+    def submit_all(self, jobs: int) -> None:
+        """One after the other, over the whole storm."""
+        for number in range(jobs):
+            self.submit(f"key-{number}")
+            threading.Event().wait(self.rng.random() * 3)
 
     def submit(self, key: str) -> None:
-        body = {"config": tiny(seed=len(self.acknowledged)), "priority": self.rng.randrange(101)}
+        data = {"train": str(self.service.home.parent / "prompts.jsonl"), "eval_size": 2}
+        config = tiny(data=data, steps=1, seed=len(self.acknowledged))
+        body = {"config": config, "priority": self.rng.randrange(101)}
         headers = {"Idempotency-Key": key}
         pause = threading.Event()
         while True:
@@ -54,25 +55,30 @@ class Storm:
                 pause.wait(0.05)
 
     def kill(self) -> None:
-        """At any moment: while it starts, finds its jobs, takes one in, starts one, or looks on."""
-        threading.Event().wait(self.rng.choice([0.1, 1.0, 2.0, 4.0]) * self.rng.random())
+        """While it starts and finds its jobs, or when it has begun to take some in, to start them and to look on."""
+        if self.rng.random() < 0.7:
+            self.service.wait_until_ready()
+            self.service.close_client()
+        threading.Event().wait(self.rng.choice([0.1, 0.5, 1.5, 4.0]) * self.rng.random())
         self.service.kill()
         self.service.begin()
 
     def run(self, kills: int) -> None:
-        submitter = threading.Thread(target=self.submit_until_over)
+        submitter = threading.Thread(target=self.submit_all, args=(kills // 2,))
         submitter.start()
         for _ in range(kills):
             self.kill()
         self.service.wait_until_ready()
-        self.over.set()
         submitter.join(DEADLINE)
         assert not submitter.is_alive()
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[RunningService]:
-    service = RunningService(tmp_path / "home", "--slots", "2")
+    # A file needs no generator, which takes longer to import than these jobs take.
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + {n}?"}) + "\n" for n in range(40)))
+    service = RunningService(tmp_path / "home", "--slots", "2", "--allow-path", str(tmp_path))
     yield service
     service.close()
 
