@@ -53,7 +53,7 @@ class Identity:
     """By the cookie of a browser, and not with the token itself."""
 
     def may(self, scope: TokenScope) -> bool:
-        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+        return bool(SCOPES.index(self.scope) >= SCOPES.index(scope))
 
 
 def identity_of(request: Request) -> Identity:
@@ -121,7 +121,8 @@ class Tokens:
     def remove(self, token_id: str) -> bool:
         """With its sessions. False when there is none of this id."""
         with self._database.transaction() as db:
-            return db.execute("DELETE FROM tokens WHERE id=?", (token_id,)).rowcount > 0
+            removed: int = db.execute("DELETE FROM tokens WHERE id=?", (token_id,)).rowcount
+        return removed > 0
 
     def known(self, token: str) -> Identity | None:
         """Whose token this is, if it is one that holds."""

@@ -58,10 +58,10 @@ def test_each_application_is_a_new_one(settings: Settings) -> None:
 def test_a_fault_of_ours_is_answered_without_its_details(settings: Settings) -> None:
     app = create_app(settings)
 
-    @app.get("/v1/broken")
     def broken() -> None:
         raise RuntimeError("a secret of the inside")
 
+    app.add_api_route("/v1/broken", broken)
     with TestClient(app, base_url="http://127.0.0.1:8765") as http:
         answer = http.get("/v1/broken", headers={"Authorization": f"Bearer {settings.token_file.read_text()}"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import product
@@ -273,6 +274,33 @@ def test_a_job_that_was_killed_says_so_and_can_be_resumed(settings: Settings) ->
     assert "resume_from" in job.reason.message
 
 
+def test_a_job_whose_process_never_began_waits_for_a_slot_again(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home", slots=0)  # and none is free
+    folder = left(settings, State.starting)
+
+    job = becomes(settings, folder, State.queued)
+
+    assert (job.starts, job.started_at) == (0, None)
+
+
+def test_a_job_that_is_about_to_begin_is_not_started_again(settings: Settings) -> None:
+    """The service died between the start of the process and its first line."""
+    folder = left(settings, State.starting)
+    lock = folder.lock()
+    assert lock is not None
+    jobs = Jobs(settings)
+    try:
+        jobs.start()
+        folder.add_start()
+        folder.end(Exit(outcome="finished", code="finished", message="done"))
+        os.close(lock)
+        wait_until(lambda: jobs.get(folder.path.name).state is State.succeeded)
+        assert jobs.get(folder.path.name).starts == 1
+        assert not (folder.path / "config.json").exists()  # which is written before a process is started
+    finally:
+        jobs.close()
+
+
 def test_a_cancelled_job_that_never_began_never_begins(settings: Settings) -> None:
     folder = left(settings, State.cancelling)
 
@@ -290,8 +318,6 @@ def test_a_job_whose_process_lives_is_left_to_it(settings: Settings) -> None:
         assert jobs.get(folder.path.name).state is State.running
         folder.add_start()
         folder.end(Exit(outcome="finished", code="finished", message="done"))
-        import os
-
         os.close(lock)
         wait_until(lambda: jobs.get(folder.path.name).state is State.succeeded)
     finally:

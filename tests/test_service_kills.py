@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from asyncflow.report.audit import audit
-from tests.processes import DEADLINE, wait_until
+from tests.processes import DEADLINE
 from tests.running_service import ENDED, RunningService, tiny
 
 
@@ -93,11 +93,8 @@ def check(service: RunningService, storm: Storm, kills: int) -> None:
                 return found
             cursor = f"&cursor={page['next_cursor']}"
 
-    for _ in range(len(storm.acknowledged)):  # each has the whole deadline
-        ended = sum(job["state"] in ENDED for job in jobs())
-        if ended == len(jobs()):
-            break
-        wait_until(lambda before=ended: sum(job["state"] in ENDED for job in jobs()) > before, service.process)
+    for job_id in storm.acknowledged.values():  # each has the whole deadline
+        service.wait(job_id, *ENDED)
 
     found = {job["id"]: job for job in jobs()}
     assert set(storm.acknowledged.values()) <= found.keys(), "a job was lost"

@@ -76,6 +76,6 @@ def kill(started: Started) -> None:
 def _number_was_reused(started: Started) -> bool:
     try:
         now: float = psutil.Process(started.pid).create_time()
-        return abs(now - started.create_time) >= 1.0
+        return not bool(abs(now - started.create_time) < 1.0)
     except psutil.Error:
         return False

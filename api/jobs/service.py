@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from asyncflow_api.jobs.database import Changed, Database
 from asyncflow_api.jobs.events import Cursor, Event, merge
-from asyncflow_api.jobs.folder import RUN, JobFolder, Order
+from asyncflow_api.jobs.folder import JobFolder, Order
 from asyncflow_api.jobs.lifecycle import ENDED, State
 from asyncflow_api.jobs.policy import refusals
 from asyncflow_api.jobs.redaction import Redactor
@@ -119,8 +119,8 @@ class Jobs:
 
     def run_dir(self, job_id: str) -> Path:
         """Where the run of a job writes; not there before it has begun. Raises NoSuchJob."""
-        folder: JobFolder = self.folder(self.database.get(job_id).id)
-        return folder.path / RUN
+        run: Path = self.folder(self.database.get(job_id).id).run
+        return run
 
     def get(self, job_id: str) -> JobRow:
         """Raises NoSuchJob."""

@@ -65,7 +65,8 @@ def event_stream(jobs: Jobs, job_id: str, start: Cursor) -> Response:
         over = ended and not found
         return (sse.encode("end", {"job_id": job_id}) if over else batch), after, over
 
-    return sse.stream(start, read_more, lambda: jobs.news(job_id))
+    answer: Response = sse.stream(start, read_more, lambda: jobs.news(job_id))
+    return answer
 
 
 @router.get("/events", responses=STREAM, response_class=Response)
@@ -93,14 +94,16 @@ def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId 
                 batch += _listed(jobs, one.job_id, one.seq)
         return batch, (found[-1].seq if found else at), False
 
-    return sse.stream(start, read_more, lambda: jobs.database.changes)
+    answer: Response = sse.stream(start, read_more, lambda: jobs.database.changes)
+    return answer
 
 
 def _listed(jobs: Jobs, job_id: str, seq: int) -> bytes:
     rows = jobs.database.read("SELECT 1 FROM jobs WHERE id=?", job_id)
     if not rows:
         return b""  # its deletion is told next
-    return sse.encode("job", ListedJob(**served(jobs, jobs.get(job_id)).model_dump()), str(seq))
+    told: bytes = sse.encode("job", ListedJob(**served(jobs, jobs.get(job_id)).model_dump()), str(seq))
+    return told
 
 
 @router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=STREAM)
@@ -137,7 +140,8 @@ def logs(
             return (sse.encode("end", {"job_id": job_id}) if over else b""), at, over
         return sse.encode("log", {"text": text, "offset": after}, str(after)), after, False
 
-    return sse.stream(start, read_more, lambda: (jobs.database.changes, log.size()))
+    answer: Response = sse.stream(start, read_more, lambda: (jobs.database.changes, log.size()))
+    return answer
 
 
 @router.get("/jobs/{job_id}/checkpoints")
