@@ -1,7 +1,7 @@
 """The dashboard: the page at `/` and its files under `/static/`.
 
-Nothing here needs a token: the files are the same for everybody and hold no data. What they show comes from `/v1`, which
-asks for one. They are read once, when the application is made, so that a request can name no other file.
+Nothing here needs a token: the files are the same for everybody and hold no data. What they show comes from `/v1`,
+which asks for one. They are read once, when the application is made, so that a request can name no other file.
 """
 
 from __future__ import annotations

@@ -166,15 +166,15 @@ function downwards(columns, width) {
 function partsOf({ queue, workers }) {
   const feeder = workers.find((worker) => worker.name === "feeder");
   const parts = [];
-  if (feeder) parts.push(part({ name: PROMPTS, role: "prompts" }, [feeder], queue));
+  if (feeder) parts.push(partOf({ name: PROMPTS, role: "prompts" }, [feeder], queue));
   for (const stage of queue.stages) {
     const own = workers.filter((worker) => worker.stage === stage.name || worker.name === stage.name);
-    parts.push(part(stage, own, queue));
+    parts.push(partOf(stage, own, queue));
   }
   return parts;
 }
 
-function part(stage, workers, queue) {
+function partOf(stage, workers, queue) {
   const doing = (activity) => workers.filter((worker) => worker.activity === activity);
   const activity = ["busy", "blocked", "idle"].find((name) => doing(name).length) ?? "idle";
   const waitsFor = activity === "busy" ? null : (workers.find((worker) => worker.waits_for)?.waits_for ?? null);

@@ -13,7 +13,7 @@ const SYNC = uPlot.sync("steps");
 /** One chart. `lines`: [{name, label, tone, kind}], kind `line` (default), `mean` (faint, with its rolling mean over it)
  *  or `dots`. `from`: values that the y axis always has. `means`: what the number means, to end its sentence. */
 export class LineChart {
-  #lines; #figure; #plot = null; #host; #legend; #data = null; #observer; #unlisten; #from; #means; #key = ""; #seen = true;
+  #lines; #figure; #plot = null; #host; #legend; #data = null; #observer; #unlisten; #from; #means; #key = "";
 
   constructor({ title, lines, from = [], means = "", wide = false }) {
     this.#lines = lines;

@@ -10,11 +10,10 @@ const PAGE = 30;
 const TYPING = 250; // milliseconds after the last key until the question is asked
 
 export class SamplesTab {
-  #app; #id; #form; #list; #says; #more; #detail; #search = new URLSearchParams(); #cursor = null; #asked = 0; #shown = null; #timer = 0; #samples = [];
+  #id; #form; #list; #says; #more; #detail; #search = new URLSearchParams(); #cursor = null; #asked = 0; #shown = null; #timer = 0; #samples = [];
   #layout; #loaded = null;
 
   constructor(app, id) {
-    this.#app = app;
     this.#id = id;
     const field = (name, label, attributes = {}) => h("label", {}, h("span", {}, label), h("input", { name, type: "number", ...attributes }));
     this.#form = h("form", { class: "sample-filters", role: "search", "aria-label": "Samples", on: { submit: (event) => event.preventDefault(), input: () => this.#later() } },

@@ -2,7 +2,7 @@
 
 import { freshKey, get, jobPath, post } from "../api.js";
 import { CORE_SCHEMA, dump, load } from "../vendor/js-yaml/js-yaml.mjs";
-import { h, replace, setText } from "../dom.js";
+import { h, replace } from "../dom.js";
 
 const EXAMPLE = `# Seconds on any machine: the engines are fakes. See configs/ for real ones.
 name: tiny
@@ -55,7 +55,8 @@ export class Submit {
   async #fill(id) {
     try {
       const job = await get(jobPath(id));
-      const { run_dir: _, ...config } = job.config ?? {};
+      const config = { ...job.config };
+      delete config.run_dir; // the service chooses another one
       this.#text.value = dump(config, { schema: CORE_SCHEMA, lineWidth: 100, noRefs: true });
       this.#name.value = job.name ?? "";
       this.#priority.value = String(job.priority);
