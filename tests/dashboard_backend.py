@@ -25,6 +25,8 @@ from tests.dashboard_run import BATCH, TICK, Json, MovingRun, rfc3339
 
 TOKENS = {"admin-token": "admin", "read-token": "read"}
 SESSION = "asyncflow_session"
+OVER = ""
+"""In place of an event: the stream is over."""
 ENDED = ("succeeded", "failed", "cancelled")
 CONFIG: Json = {
     "name": "sums-grpo", "model": "smollm2-135m", "data": {"train": "reasoning_gym:chain_sum", "eval_size": 200},
@@ -135,6 +137,10 @@ class Backend:
         run = self.runs.get(job_id)
         return {**self.jobs[job_id], "progress": run.progress() if run else None}
 
+    def listed(self, job_id: str) -> Json:
+        """As lists have it."""
+        return {name: value for name, value in self.shown(job_id).items() if name not in ("config", "summary")}
+
     def change(self, job_id: str, **values: Any) -> Json:
         """Set fields of a job and tell everybody."""
         with self.lock:
@@ -219,6 +225,8 @@ class Backend:
                 with self.lock:
                     lines = list(new())
                 for line in lines:
+                    if line == OVER:
+                        return
                     yield line
                 await changed.wait()
         finally:
@@ -313,20 +321,17 @@ def _routes(backend: Backend) -> APIRouter:
 
     @routes.get("/v1/jobs")
     async def jobs(limit: int = 20, cursor: str | None = None) -> Json:
-        return page([backend.shown(job_id) for job_id in reversed(backend.jobs)], limit, cursor)
+        return page([backend.listed(job_id) for job_id in reversed(backend.jobs)], limit, cursor)
 
     @routes.get("/v1/events")
     async def fleet() -> Response:
-        seen: dict[str, Json] = {}
+        seen = {job_id: job["revision"] for job_id, job in backend.jobs.items()}
 
         def new() -> Iterator[str]:
-            for job_id in backend.jobs:
-                job = backend.shown(job_id)
-                step = (job["progress"] or {}).get("step")
-                state = {"revision": job["revision"], "step": step}
-                if seen.get(job_id) != state:
-                    seen[job_id] = state
-                    yield sse("job", job, str(job["revision"]))
+            for job_id, job in backend.jobs.items():
+                if seen.get(job_id) != job["revision"]:
+                    seen[job_id] = job["revision"]
+                    yield sse("job", backend.listed(job_id), str(job["revision"]))
 
         return answer_stream(new)
 
@@ -344,15 +349,17 @@ def _routes(backend: Backend) -> APIRouter:
 
     @routes.post("/v1/jobs:validate")
     async def validate(request: Request) -> Json:
-        config = (await request.json())["config"]
+        body = await request.json()
+        if set(body) != {"config"}:
+            raise Refusal(422, "invalid", "Send config and nothing else.")
+        config = body["config"]
         errors = wrong(config)
         plan = {
-            "steps": config.get("steps"),
-            "batch": {"samples": config.get("train_batch_size"), "groups": 4},
-            "engines": ["fake"],
-            "memory_bytes": 812_000_000,
+            "a step": f"{config.get('train_batch_size')} samples of {config.get('num_generations')} a prompt",
+            "runs": f"{config.get('steps')} steps; the engines are fakes, in this process",
+            "bound": "a token is at most 1 policy version old when it is trained",
         }
-        return {"ok": not errors, "errors": errors, "plan": None if errors else plan}
+        return {"object": "validation", "ok": not errors, "errors": errors, "config": config, "plan": plan}
 
     @routes.get("/v1/jobs/{job_id}")
     async def job(job_id: str) -> Json:
@@ -383,16 +390,17 @@ def _routes(backend: Backend) -> APIRouter:
         job_of(job_id)
         if "text/event-stream" not in request.headers.get("accept", ""):
             return page(backend.told[job_id], limit, cursor)
-        last, told = request.headers.get("last-event-id"), set()
-        if last:
-            known = [event["id"] for event in backend.told[job_id]]
-            told.update(known[: known.index(last) + 1] if last in known else [])
+        last = request.headers.get("last-event-id", cursor)
+        ids = [event["id"] for event in backend.told[job_id]]
+        told = [ids.index(last) + 1 if last in ids else 0]
 
         def new() -> Iterator[str]:
-            for event in backend.told[job_id]:
-                if event["id"] not in told:
-                    told.add(event["id"])
-                    yield sse(event["type"], event, event["id"])
+            for event in backend.told[job_id][told[0] :]:
+                told[0] += 1
+                yield sse(event["type"], event, event["id"])
+            if backend.jobs[job_id]["state"] in ENDED:
+                yield sse("end", {"job_id": job_id})
+                yield OVER
 
         return answer_stream(new)
 
@@ -407,6 +415,9 @@ def _routes(backend: Backend) -> APIRouter:
             if text != last[0]:
                 last[0] = text
                 yield text
+            if backend.jobs[job_id]["state"] in ENDED:
+                yield sse("end", {"object": "end"})
+                yield OVER
 
         return answer_stream(new)
 
@@ -418,7 +429,7 @@ def _routes(backend: Backend) -> APIRouter:
     async def workers(job_id: str) -> Json:
         return page(run_of(job_id).workers(), 100, None)
 
-    @routes.post("/v1/jobs/{job_id}/workers/{worker}/{action}")
+    @routes.post("/v1/jobs/{job_id}/workers/{worker}/{action}", status_code=202)
     async def drain(job_id: str, worker: str, action: str) -> Json:
         drained = run_of(job_id).drained
         (drained.add if action == "drain" else drained.discard)(worker)
@@ -434,7 +445,7 @@ def _routes(backend: Backend) -> APIRouter:
         return page(run_of(job_id).engines(), 100, None)
 
     @routes.get("/v1/jobs/{job_id}/metrics")
-    async def metrics(job_id: str, since_step: int = 0) -> Json:
+    async def metrics(job_id: str, since_step: int = -1) -> Json:
         return run_of(job_id).metrics(since_step)
 
     @routes.get("/v1/jobs/{job_id}/checkpoints")

@@ -9,6 +9,8 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
+from asyncflow.report.bottleneck import in_words
+
 TICK = 0.25
 """Seconds of the run between two ticks."""
 STEP = 12
@@ -223,7 +225,7 @@ class MovingRun:
                 "stage": stage,
                 "activity": activity,
                 "cause": None if activity == "busy" else cause,
-                "waits_for": None if activity == "busy" else cause,
+                "waits_for": None if activity == "busy" or cause is None else in_words(cause),
                 "since_seconds": (self.phase % 7) * TICK,
                 "heartbeat_seconds": 0.4,
                 "drained": name in self.drained,
@@ -281,12 +283,12 @@ class MovingRun:
     # -- measurements --------------------------------------------------------------------------------------------------
 
     def metrics(self, since: int) -> Json:
-        made = [step for step in range(1, self.step + 1) if step >= since]
+        made = [step for step in range(1, self.step + 1) if step > since]
         series = {
             name: {"step": made, "time": [rfc3339(self.at(step * STEP)) for step in made], "value": values}
             for name, values in self._values(made).items()
         }
-        evaluated = [step for step in range(0, self.step + 1, 10) if step >= since]
+        evaluated = [step for step in range(0, self.step + 1, 10) if step > since]
         series["eval/accuracy"] = {
             "step": evaluated,
             "time": [rfc3339(self.at(step * STEP)) for step in evaluated],

@@ -2,14 +2,16 @@
 
 import { get, jobPath, query } from "./api.js";
 import { Stream } from "./live.js";
-import { isEnded, isLive } from "./words.js";
+import { isLive } from "./words.js";
 
+// An event source only hears the types that it is told of: those of the service, and the kinds of lines of a run.
 const EVENT_TYPES = [
-  "state", "step", "eval", "alarm", "checkpoint", "set", "failure", "weights", "served", "resumed", "warning", "job",
-  "log", "event",
+  "state", "changed", "deleted", "step", "eval", "alarm", "checkpoint", "set", "failure", "weights", "served", "resumed",
+  "end",
 ];
 const MOST_EVENTS = 2000; // kept; the service has all of them
-const PAGES = 20; // of 100 events, asked for at the start
+const LIVE_AGAIN = 1000; // milliseconds
+const TOGETHER = 50; // milliseconds in which events are gathered: a stream begins with all that there were
 const STEPS_AGAIN = 8; // steps before the last one that are asked for again: an evaluation is measured late
 const AT_MOST_EVERY = { job: 300, metrics: 400, history: 400, engines: 1000, timeline: 1500, queue: 1000 }; // milliseconds
 
@@ -22,7 +24,7 @@ export class JobFeed {
   spans = [];
   series = {};
   names = [];
-  #id; #changed; #streams = []; #known = new Set(); #asked = new Map(); #closed = false; #step = null; #cursor = null;
+  #id; #changed; #live = null; #past = null; #last = ""; #fresh = new Set(); #gathered = 0; #again = 0; #asked = new Map(); #closed = false; #step = null;
 
   /** `changed(what)` is called with the name of what is new: job, live, history, metrics, events, engines, timeline. */
   constructor(id, changed) {
@@ -41,7 +43,10 @@ export class JobFeed {
 
   close() {
     this.#closed = true;
-    for (const stream of this.#streams) stream.close();
+    this.#live?.close();
+    this.#past?.close();
+    clearTimeout(this.#gathered);
+    clearTimeout(this.#again);
     for (const { timer } of this.#asked.values()) clearTimeout(timer);
   }
 
@@ -72,28 +77,35 @@ export class JobFeed {
     this.#askHistory();
     this.#askMetrics(null);
     this.#askEngines();
-    this.#pastEvents();
     this.#changed("live");
   }
 
   #listen() {
-    const wanted = isEnded(this.job) ? 0 : isLive(this.job) ? 2 : 1;
-    while (this.#streams.length > wanted) this.#streams.pop().close();
     const again = () => {
       this.refreshJob();
       this.#all();
     };
-    if (this.#streams.length < 1 && wanted > 0) {
-      this.#streams.push(new Stream(jobPath(this.#id, "/events"), EVENT_TYPES, (_, event) => this.#event(event), again));
-    }
-    if (this.#streams.length < 2 && wanted > 1) {
-      this.#streams.push(new Stream(jobPath(this.#id, "/live"), ["live"], (_, live) => this.#live(live)));
+    // It begins with everything that there was, and is over after the last event of a job that has ended.
+    const path = () => jobPath(this.#id, `/events${query({ cursor: this.#last })}`);
+    this.#past ??= new Stream(path, EVENT_TYPES, (name, event) => this.#event(name, event), again);
+    if (!isLive(this.job)) {
+      this.#live?.close();
+      this.#live = null;
+    } else {
+      this.#live ??= new Stream(() => jobPath(this.#id, "/live"), ["live", "end"], (name, now) => this.#now(name, now));
     }
   }
 
-  #live({ queue, workers, progress }) {
+  #now(name, { queue, workers, progress }) {
+    if (name === "end") {
+      this.#live?.close();
+      this.#live = null;
+      this.refreshJob();
+      this.#again = setTimeout(() => this.#closed || this.#listen(), LIVE_AGAIN); // a run that begins may say so too early
+      return;
+    }
     if (queue) this.queue = { ...queue, history: this.queue?.history };
-    if (workers) this.workers = workers.data ?? workers;
+    if (workers) this.workers = workers;
     if (progress) this.job = { ...this.job, progress };
     if (queue && queue.max_staleness !== this.job.max_staleness) {
       this.job = { ...this.job, max_staleness: queue.max_staleness };
@@ -110,38 +122,30 @@ export class JobFeed {
     this.#askEngines();
   }
 
-  #event(event) {
-    if (!event.id || this.#known.has(event.id)) return;
-    this.#keep([event]);
-    if (event.type === "state" || event.type === "set" || event.type === "job") this.refreshJob();
-    if (event.type === "step" || event.type === "eval") this.#stepped(event.data?.step ?? this.#step);
-    if (event.type === "weights" || event.type === "served") this.#askEngines();
-    if (event.type === "resumed") this.#askMetrics(null);
+  #event(name, event) {
+    if (name === "end") {
+      this.#past.close();
+      return;
+    }
+    // Ids only grow, and a stream that was opened again may tell what is known.
+    if (!event.id || (this.#last && compareIds(event.id, this.#last) <= 0)) return;
+    this.#last = event.id;
+    this.events.push(event);
+    this.#fresh.add(event.type);
+    if (this.events.length > 2 * MOST_EVENTS) this.events = this.events.slice(-MOST_EVENTS);
+    this.#gathered ||= setTimeout(() => this.#told(), TOGETHER);
+  }
+
+  /** What has come together, all at once. */
+  #told() {
+    this.#gathered = 0;
+    const types = this.#fresh;
+    this.#fresh = new Set();
+    if (["state", "set", "changed"].some((type) => types.has(type))) this.refreshJob();
+    if (types.has("weights") || types.has("served")) this.#askEngines();
+    if (types.has("resumed")) this.#askMetrics(null);
+    else if (types.has("step") || types.has("eval")) this.#stepped(this.#step);
     this.#changed("events");
-  }
-
-  #keep(events) {
-    for (const event of events) {
-      if (this.#known.has(event.id)) continue;
-      this.#known.add(event.id);
-      this.events.push(event);
-    }
-    this.events.sort((a, b) => compareIds(a.id, b.id));
-    for (const event of this.events.splice(0, Math.max(0, this.events.length - MOST_EVENTS))) this.#known.delete(event.id);
-  }
-
-  async #pastEvents() {
-    try {
-      for (let page = 0; page < PAGES && !this.#closed; page += 1) {
-        const answer = await get(jobPath(this.#id, `/events${query({ limit: 100, cursor: this.#cursor })}`));
-        this.#keep(answer.data);
-        this.#changed("events");
-        if (answer.next_cursor) this.#cursor = answer.next_cursor;
-        if (!answer.has_more) break;
-      }
-    } catch (error) {
-      this.#failed(error);
-    }
   }
 
   #askHistory() {
@@ -149,7 +153,7 @@ export class JobFeed {
     this.#soon("history", async () => {
       const [queue, workers] = await Promise.all([get(jobPath(this.#id, "/queue")), get(jobPath(this.#id, "/workers"))]);
       this.queue = queue;
-      this.workers = workers.data ?? workers;
+      this.workers = workers.data;
       this.#changed("live");
     });
   }
@@ -158,7 +162,7 @@ export class JobFeed {
     if (!this.#hasRun()) return;
     this.#soon("engines", async () => {
       const engines = await get(jobPath(this.#id, "/engines"));
-      this.engines = engines.data ?? engines;
+      this.engines = engines.data;
     });
   }
 
@@ -166,10 +170,7 @@ export class JobFeed {
     if (!this.#hasRun()) return;
     this.#soon("metrics", async () => {
       const from = since === null ? null : Math.max(0, since - STEPS_AGAIN);
-      let answer = await get(jobPath(this.#id, `/metrics${query({ since_step: from })}`));
-      if (answer.names.length && !Object.keys(answer.series).length) {
-        answer = await get(jobPath(this.#id, `/metrics${query({ names: answer.names.join(","), since_step: from })}`));
-      }
+      const answer = await get(jobPath(this.#id, `/metrics${query({ since_step: from })}`));
       this.names = answer.names;
       this.series = from === null ? answer.series : merged(this.series, answer.series);
     });

@@ -39,7 +39,7 @@ export class Stream {
   lostAt = null;
   retryAt = null;
 
-  /** `take(name, data, id)` gets each event of these names; `back()` is called when a lost connection is there again:
+  /** `path()` is where it is; `take(name, data)` gets each event of these names; `back()` is called when a lost connection is there again:
    *  what the page shows may have missed something. */
   constructor(path, names, take, back = () => {}) {
     this.#path = path;
@@ -86,7 +86,7 @@ export class Stream {
 
   #open() {
     this.#drop();
-    const source = new EventSource(this.#path);
+    const source = new EventSource(this.#path());
     this.#source = source;
     this.#heard = Date.now();
     source.onopen = () => {
@@ -108,7 +108,7 @@ export class Stream {
         } catch {
           return;
         }
-        this.#take(name, data, event.lastEventId);
+        this.#take(name, data);
       });
     }
   }

@@ -2,7 +2,6 @@
 
 import { h, replace, s, setAttribute, setText } from "../dom.js";
 import { isNumber, many, number, plural } from "../format.js";
-import { inWords } from "../words.js";
 import { Figure } from "./figure.js";
 
 const NODE = { width: 152, height: 74 };
@@ -43,7 +42,7 @@ export class Graph {
     this.#figure.says(parts.map((part) => `${part.name} ${part.words}`).join("; ") + ".");
     this.#figure.table(() => ({
       head: ["stage", "doing", "waits for", "ready", "leased"],
-      rows: parts.map((part) => [part.name, part.activity, part.waitsFor ? inWords(part.waitsFor) : "", many(part.ready), many(part.leased)]),
+      rows: parts.map((part) => [part.name, part.activity, part.waitsFor ?? "", many(part.ready), many(part.leased)]),
     }));
   }
 
@@ -181,7 +180,7 @@ function partOf(stage, workers, queue) {
   const several = workers.length > 1 ? ` ${doing(activity).length}/${workers.length}` : "";
   const counted = isNumber(stage.ready);
   const states = queue.states ?? {};
-  const waiting = waitsFor ? `, waits for ${inWords(waitsFor)}` : "";
+  const waiting = waitsFor ? `, waits for ${waitsFor}` : "";
   const amount = counted ? `, ${many(stage.ready)} ready and ${many(stage.leased)} leased` : "";
   return {
     name: stage.name,

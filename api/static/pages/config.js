@@ -38,7 +38,7 @@ export class ConfigTab {
     replace(this.#facts, h("dl", { class: "facts-list" }, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])));
     replace(this.#links,
       this.#app.may("submit") ? h("a", { href: `#/submit?from=${encodeURIComponent(job.id)}` }, "Submit another one like this") : null,
-      job.started_at ? h("a", { href: jobPath(job.id, "/report"), target: "_blank", rel: "noopener" }, "Report") : null);
+      job.started_at && isEnded(job) ? h("a", { href: jobPath(job.id, "/report"), target: "_blank", rel: "noopener" }, "Report") : null);
     this.#askCheckpoints(`${job.state}|${isEnded(job)}`);
   }
 

@@ -7,8 +7,8 @@ import { Stream } from "../live.js";
 import { isEnded, isLive, listed, STATES, tone, WAITING } from "../words.js";
 
 const PAGE = 100; // jobs asked for at once
-const AGAIN = 15_000; // milliseconds after which everything is asked for once more
-const AT_MOST_EVERY = 300; // milliseconds between two questions about changed jobs
+const AGAIN = 4000; // milliseconds after which the progress of jobs that run is asked for once more
+const DETAILS = 30; // jobs whose configuration is asked for: lists come without it
 
 const FILTERS = [
   ["all", () => true],
@@ -19,7 +19,7 @@ const FILTERS = [
 
 export class Fleet {
   #app; #jobs = new Map(); #rows; #stream; #timer; #summary; #filter = "all"; #text = ""; #buttons; #empty; #more; #cursor = null;
-  #changed = new Set(); #soon = 0; #loaded = false; #closed = false; #announced = "";
+  #details = new Map(); #shown = []; #loaded = false; #closed = false; #announced = "";
 
   constructor(app) {
     this.#app = app;
@@ -42,16 +42,14 @@ export class Fleet {
       list, this.#empty, this.#more);
     this.#rows = new Keyed(list, (job) => job.id, (job) => row(job));
     this.#load(null);
-    this.#stream = new Stream("/v1/events", ["job", "state", "step", "set", "created", "deleted", "event", "progress", "alarm", "failure"],
-      (_, data) => this.#event(data), () => this.#load(null));
-    this.#timer = setInterval(() => document.hidden || this.#load(null), AGAIN);
+    this.#stream = new Stream(() => "/v1/events", ["job", "deleted"], (name, data) => this.#event(name, data), () => this.#load(null));
+    this.#timer = setInterval(() => document.hidden || ![...this.#jobs.values()].some(isLive) || this.#load(null), AGAIN);
   }
 
   close() {
     this.#closed = true;
     this.#stream.close();
     clearInterval(this.#timer);
-    clearTimeout(this.#soon);
   }
 
   async #load(cursor) {
@@ -69,35 +67,28 @@ export class Fleet {
     }
   }
 
-  #event(data) {
-    if (data.object === "job") {
-      this.#jobs.set(data.id, data);
-      this.#show();
-    } else if (data.job?.object === "job") {
-      this.#jobs.set(data.job.id, data.job);
-      this.#show();
-    } else if (data.job_id ?? data.data?.job_id) {
-      this.#changed.add(data.job_id ?? data.data.job_id);
-      this.#soon ||= setTimeout(() => this.#ask(), this.#soon === 0 ? 0 : AT_MOST_EVERY);
-    }
+  #event(name, data) {
+    if (name === "deleted") this.#jobs.delete(data.id);
+    else this.#jobs.set(data.id, data);
+    this.#show();
   }
 
-  async #ask() {
-    const ids = [...this.#changed];
-    this.#changed.clear();
-    await Promise.all(ids.map(async (id) => {
+  /** Configuration and summary of the jobs that are shown first: once, and again when the job has changed. */
+  async #ask(jobs) {
+    for (const { id, revision } of jobs.slice(0, DETAILS)) {
+      if (this.#closed) return;
+      if (this.#details.get(id)?.revision === revision) continue;
+      this.#details.set(id, { ...this.#details.get(id), revision });
       try {
-        this.#jobs.set(id, await get(jobPath(id)));
-      } catch (error) {
-        if (error.status === 404) this.#jobs.delete(id);
+        const { config, summary } = await get(jobPath(id));
+        this.#details.set(id, { revision, config, summary });
+        this.#shown = this.#shown.map((job) => (job.id === id ? { ...job, config, summary } : job));
+        this.#rows.show(this.#shown);
+      } catch {
+        this.#details.delete(id); // asked for again with the next change
+        return;
       }
-    }));
-    if (this.#closed) return;
-    this.#show();
-    this.#soon = setTimeout(() => {
-      this.#soon = 0;
-      if (this.#changed.size) this.#ask();
-    }, AT_MOST_EVERY);
+    }
   }
 
   #choose(name) {
@@ -109,13 +100,15 @@ export class Fleet {
   #show() {
     const jobs = [...this.#jobs.values()].sort((a, b) => group(a) - group(b) || epoch(b.created_at) - epoch(a.created_at));
     const wanted = FILTERS.find(([name]) => name === this.#filter)[1];
-    const shown = jobs.filter((job) => wanted(job) && (!this.#text || searched(job).includes(this.#text)));
-    this.#rows.show(shown);
+    this.#shown = jobs.map((job) => ({ ...job, ...this.#details.get(job.id), revision: job.revision }))
+      .filter((job) => wanted(job) && (!this.#text || searched(job).includes(this.#text)));
+    this.#rows.show(this.#shown);
+    this.#ask(this.#shown);
     const counts = {};
     for (const job of jobs) counts[job.state] = (counts[job.state] ?? 0) + 1;
     const words = jobs.length ? STATES.filter((state) => counts[state]).map((state) => `${many(counts[state])} ${state}`).join(", ") : "No job yet.";
     setText(this.#summary, words);
-    this.#empty.hidden = shown.length > 0 || !this.#loaded;
+    this.#empty.hidden = this.#shown.length > 0 || !this.#loaded;
     setText(this.#empty, jobs.length ? "No job is like that." : "Submit one here, or with `asyncflow submit`.");
     if (this.#announced && this.#announced !== words) this.#app.announce(`Jobs: ${words}`);
     this.#announced = words;

@@ -12,10 +12,10 @@ export class Sample {
 
   constructor(sample) {
     this.#tokens = sample.tokens ?? [];
-    const versions = [...new Set(this.#tokens.map((token) => token.version))].sort(compareVersions);
+    const versions = [...new Set(this.#tokens.map((token) => token.version))].filter((version) => version !== null).sort(compareVersions);
     const facts = [
       ["state", sample.state], ["group", sample.group_id], ["step", sample.step], ["reward", number(sample.reward)],
-      ["staleness", sample.staleness], ["attempts", sample.attempts], ["finish", sample.finish_reason],
+      ["staleness", sample.staleness], ["attempts", sample.attempts], ["finish", sample.finish_reason], ["reason", sample.reason],
     ];
     this.element = h("article", { class: "sample", tabindex: "-1", "aria-label": `Sample ${sample.id}` },
       h("h2", {}, `Sample ${sample.id}`),
@@ -43,9 +43,9 @@ export class Sample {
     let last = null;
     const pieces = [];
     this.#spans = this.#tokens.map((token, index) => {
-      if (token.version !== last && versions.length > 1) pieces.push(h("sup", { class: "version-mark", "aria-hidden": "true" }, token.version));
+      if (token.version !== last && token.version !== null && versions.length > 1) pieces.push(h("sup", { class: "version-mark", "aria-hidden": "true" }, token.version));
       last = token.version;
-      const span = h("span", { class: `token v${versions.indexOf(token.version) % COLOURS} ${token.masked ? "masked" : ""}`, data: { index: String(index) } }, visible(token.text));
+      const span = h("span", { class: `token v${Math.max(0, versions.indexOf(token.version)) % COLOURS} ${token.masked ? "masked" : ""}`, data: { index: String(index) } }, textOf(token));
       pieces.push(span);
       return span;
     });
@@ -73,7 +73,7 @@ export class Sample {
     this.#at = index;
     this.#spans[index].classList.add("selected");
     const token = this.#tokens[index];
-    const parts = [`token ${index + 1} of ${this.#tokens.length}`, `id ${token.id}`, `version ${token.version}`, `log-prob ${number(token.logprob)}`,
+    const parts = [`token ${index + 1} of ${this.#tokens.length}`, `id ${token.id}`, token.version && `version ${token.version}`, `log-prob ${number(token.logprob)}`,
       token.ref_logprob === null || token.ref_logprob === undefined ? null : `reference ${number(token.ref_logprob)}`, token.masked ? "masked out of the loss" : null];
     setText(this.#readout, parts.filter(Boolean).join(" · "));
   }
@@ -93,10 +93,13 @@ export class Sample {
       setAttribute(button, "aria-expanded", String(!place.hidden));
       if (!place.childElementCount) {
         replace(place, table(["place", "id", "text", "log-prob", "reference", "version", "masked"], this.#tokens.map((token, index) => [
-          String(index), String(token.id), visible(token.text), number(token.logprob), number(token.ref_logprob), token.version, token.masked ? "masked" : "",
+          String(index), String(token.id), textOf(token), number(token.logprob), number(token.ref_logprob), token.version ?? "–", token.masked ? "masked" : "",
         ]), "Tokens"));
       }
     });
     return [h("p", {}, button), place];
   }
 }
+
+/** A token whose text is not known is shown as its id. */
+const textOf = (token) => (token.text === null ? `⟨${token.id}⟩` : visible(token.text));

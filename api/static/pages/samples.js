@@ -17,9 +17,9 @@ export class SamplesTab {
     this.#id = id;
     const field = (name, label, attributes = {}) => h("label", {}, h("span", {}, label), h("input", { name, type: "number", ...attributes }));
     this.#form = h("form", { class: "sample-filters", role: "search", "aria-label": "Samples", on: { submit: (event) => event.preventDefault(), input: () => this.#later() } },
-      h("label", { class: "grow" }, h("span", {}, "Text"), h("input", { name: "q", type: "search", placeholder: "In prompt or response" })),
+      h("label", { class: "grow" }, h("span", {}, "Text"), h("input", { name: "q", type: "search", maxlength: "200", placeholder: "In prompt or response" })),
       h("label", {}, h("span", {}, "State"), h("select", { name: "state" }, h("option", { value: "" }, "any"), SAMPLE_STATES.map((state) => h("option", {}, state)))),
-      field("step", "Step", { min: 0 }), field("group_id", "Group", { min: 0 }),
+      field("step", "Step", { min: 1 }), field("group_id", "Group", { min: 0 }),
       field("min_reward", "Reward from", { step: "any" }), field("max_reward", "to", { step: "any" }));
     this.#list = h("ol", { class: "sample-list" });
     this.#says = h("p", { class: "says", role: "status" });
@@ -83,7 +83,7 @@ export class SamplesTab {
   #item(sample) {
     const facts = [sample.state, sample.step === null || sample.step === undefined ? null : `step ${sample.step}`,
       sample.staleness === null || sample.staleness === undefined ? null : `staleness ${sample.staleness}`,
-      sample.versions?.length > 1 ? `${sample.versions.length} versions` : null];
+      sample.versions?.length > 1 ? `${sample.versions.length} versions` : null, sample.reason];
     return h("li", {}, h("a", { href: this.#address(sample.id, this.#search), data: { id: String(sample.id) } },
       h("span", { class: "sample-head" }, h("b", {}, `#${sample.id}`), h("span", {}, facts.filter(Boolean).join(" · ")), h("span", { class: "reward" }, sample.reward === null ? "" : number(sample.reward))),
       h("span", { class: "one-line", dir: "auto" }, visible(sample.prompt)), h("span", { class: "one-line soft", dir: "auto" }, visible(sample.response))));

@@ -2,7 +2,6 @@
 
 import { h, Keyed, setAttribute, setText } from "../dom.js";
 import { duration, isNumber, many, number, percent } from "../format.js";
-import { inWords } from "../words.js";
 
 const COLUMNS = [
   ["ready", (stage) => many(stage.ready)],
@@ -68,7 +67,7 @@ export class Workers {
         for (const [index, activity] of ["busy", "blocked", "idle"].entries()) {
           parts[index].style.width = `${(worker.shares?.[activity] ?? 0) * 100}%`;
         }
-        const waits = worker.activity === "busy" ? "" : worker.waits_for ? ` for ${inWords(worker.waits_for)}` : "";
+        const waits = worker.activity === "busy" ? "" : worker.waits_for ? ` for ${worker.waits_for}` : "";
         const since = isNumber(worker.since_seconds) && worker.since_seconds >= 1 ? `, since ${duration(Math.floor(worker.since_seconds))}` : "";
         const silent = isNumber(worker.heartbeat_seconds) && worker.heartbeat_seconds > 10 ? `; silent for ${duration(worker.heartbeat_seconds)}` : "";
         const doing = worker.activity === "busy" ? "busy" : waits ? `${worker.activity}: waits${waits}` : worker.activity;

@@ -30,7 +30,7 @@ export class Submit {
     app.title("Submit a job");
     this.#text = h("textarea", { id: "config", rows: "24", spellcheck: "false", autocapitalize: "off", "aria-describedby": "config-help submit-answer", on: { input: () => this.#edited() } });
     this.#text.value = EXAMPLE;
-    this.#name = h("input", { id: "name", type: "text", maxlength: "200", on: { input: () => this.#edited() } });
+    this.#name = h("input", { id: "name", type: "text", maxlength: "100", on: { input: () => this.#edited() } });
     this.#priority = h("input", { id: "priority", type: "number", min: "0", max: "100", value: "50", on: { input: () => this.#edited() } });
     this.#labels = h("input", { id: "labels", type: "text", placeholder: "team=maths, try=3", on: { input: () => this.#edited() } });
     this.#answer = h("div", { id: "submit-answer", class: "answer", role: "status" });
@@ -106,7 +106,7 @@ export class Submit {
     const body = this.#body();
     if (!body) return;
     await this.#busy(async () => {
-      const answer = await post("/v1/jobs:validate", body);
+      const answer = await post("/v1/jobs:validate", { config: body.config });
       if (answer.ok) this.#say("good", "It can run.", this.#plan(answer.plan));
       else this.#say("error", "It cannot run as it is.", this.#errors(answer.errors));
     });
