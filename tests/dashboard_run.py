@@ -97,7 +97,6 @@ class MovingRun:
         return {
             "step": list(made),
             "histogram": [self.histogram(step) for step in made],
-            "max_staleness": [self.bound_at(step) for step in made],
         }
 
     def live(self) -> Json:

@@ -339,6 +339,18 @@ def test_a_change_by_somebody_else_is_on_the_page_within_half_a_second(visit: Op
     assert max(took) < LIVE
 
 
+def test_a_lowered_bound_does_not_make_what_was_trained_before_look_like_a_breach(
+    visit: Opens, service: Service
+) -> None:
+    page = visit()
+    open_job(page, service)
+    expect(page.locator(".heatmap .says")).to_contain_text("none above the bound of 2")
+    with service.api() as api:
+        api.patch(f"/v1/jobs/{service.job_id}", json={"max_staleness": 0})
+    expect(page.locator(".histograms .says")).to_contain_text("The bound is 0.")
+    expect(page.locator(".heatmap .says")).to_contain_text("none above the bound of its time")
+
+
 def test_steps_and_measurements_come_in_as_they_are_made(visit: Opens, service: Service) -> None:
     page = visit()
     open_job(page, service)

@@ -24,7 +24,8 @@ export class JobFeed {
   spans = [];
   series = {};
   names = [];
-  #id; #changed; #live = null; #past = null; #last = ""; #fresh = new Set(); #gathered = 0; #again = 0; #asked = new Map(); #closed = false; #step = null;
+  bounds = new Map(); // step → the bound under which it was trained
+  #id; #changed; #live = null; #past = null; #last = ""; #bound = null; #fresh = new Set(); #gathered = 0; #again = 0; #asked = new Map(); #closed = false; #step = null;
 
   /** `changed(what)` is called with the name of what is new: job, live, history, metrics, events, engines, timeline. */
   constructor(id, changed) {
@@ -132,6 +133,8 @@ export class JobFeed {
     this.#last = event.id;
     this.events.push(event);
     this.#fresh.add(event.type);
+    if (event.type === "set") this.#bound = event.data?.max_staleness ?? this.#bound;
+    if (event.type === "step") this.bounds.set(event.data?.step, this.#bound ?? this.job.config?.max_staleness);
     if (this.events.length > 2 * MOST_EVENTS) this.events = this.events.slice(-MOST_EVENTS);
     this.#gathered ||= setTimeout(() => this.#told(), TOGETHER);
   }

@@ -25,11 +25,13 @@ export class Heatmap {
     this.element = this.#figure.element;
   }
 
-  /** `history`: {step, histogram, max_staleness?}, the bound of each step where the service knows it. */
-  show(history, bound) {
+  /** `history`: {step, histogram}; `bound`: what it is now; `bounds`: step → what it was then, for the steps of which
+   *  that is known. What is not known is taken as the highest: nothing may look like a breach that was none. */
+  show(history, bound, bounds) {
     this.#steps = history?.step ?? [];
     this.#histograms = history?.histogram ?? [];
-    this.#bounds = this.#steps.map((_, index) => history.max_staleness?.[index] ?? bound);
+    const highest = [...bounds.values()].reduce((most, value) => Math.max(most, value), bound);
+    this.#bounds = this.#steps.map((step) => bounds.get(step) ?? highest);
     this.#bound = bound;
     this.#figure.says(this.#sentence());
     this.#figure.table(() => {
@@ -69,7 +71,7 @@ export class Heatmap {
     }
     const verdict = above
       ? `${plural(above, "sample")} above the bound`
-      : `none above the bound${new Set(this.#bounds).size > 1 ? " of its time" : ` of ${this.#bound}`}`;
+      : `none above the bound${this.#bounds.some((own) => own !== this.#bound) ? " of its time" : ` of ${this.#bound}`}`;
     return `${plural(this.#steps.length, "step")}: on average ${number(weighted / (samples || 1))} policy versions, `
       + `at most ${highest}, ${verdict}.`;
   }

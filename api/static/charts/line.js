@@ -100,7 +100,7 @@ export class LineChart {
       height: HEIGHT,
       padding: [8, 8, 0, 0],
       legend: { show: false },
-      cursor: { sync: { key: SYNC.key }, y: false, drag: { x: false, y: false }, points: { size: 6 } },
+      cursor: { sync: { key: SYNC.key, scales: ["x", null] }, y: false, drag: { x: false, y: false }, points: { size: 6 } },
       scales: { x: { time: false }, y: { range: (_, low, high) => this.#range(low, high) } },
       axes: [
         { ...axis, size: 22, gap: 2, space: 60, grid: { show: false } },
@@ -120,6 +120,7 @@ export class LineChart {
 
   #range(low, high) {
     const values = [low, high, ...this.#from].filter(isNumber);
+    if (!values.length) return [0, 1];
     const [bottom, top] = [Math.min(...values), Math.max(...values)];
     if (bottom === top) return [bottom - (Math.abs(bottom) || 1) * 0.1, top + (Math.abs(top) || 1) * 0.1];
     const room = (top - bottom) * 0.06;

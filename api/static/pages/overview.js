@@ -39,7 +39,7 @@ export class Overview {
     this.#learning = new Learning();
     this.#weights = new Weights();
     this.#running = h("div", { class: "overview" },
-      this.#bottleneck, this.#alarms,
+      h("h2", { class: "unseen" }, "Now"), this.#bottleneck, this.#alarms,
       h("section", { class: "grid", "aria-label": "Now" },
         h("div", { class: "c8" }, this.#graph.element, this.#account), h("div", { class: "c4" }, this.#watermarks.element)),
       h("h2", {}, "Staleness"),
@@ -73,7 +73,7 @@ export class Overview {
       return;
     }
     if (what === "live" || what === "all" || what === "job") this.#live(queue, workers);
-    if (what === "history" || what === "live" || what === "all") this.#heatmap.show(queue.history, queue.max_staleness);
+    if (["history", "live", "events", "all"].includes(what)) this.#heatmap.show(queue.history, queue.max_staleness, this.#feed.bounds);
     if (what === "metrics" || what === "all") this.#learning.show(this.#feed.series, this.#feed.names);
     if (what === "engines" || what === "events" || what === "all") this.#weights.show(this.#feed.engines, this.#feed.events);
     if (what === "events" || what === "all") this.#showAlarms();
