@@ -63,7 +63,10 @@ class Watch:
 def violations(page: Page) -> list[str]:
     """What axe-core finds, a line each."""
     page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
+    found, passed = page.evaluate(
+        "async () => { const found = await axe.run(document); return [found.violations, found.passes.length] }"
+    )
+    assert passed > 10, "axe-core has looked at next to nothing"
     return [
         f"{rule['id']} ({rule['impact']}): {rule['help']}: {node['html'][:160]} {node['any'][:1]}"
         for rule in found

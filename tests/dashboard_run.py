@@ -258,11 +258,15 @@ class MovingRun:
             add("actor_update", "busy", t + 3.5 + late, t + 11.2)
             add("actor_update", "blocked", t + 11.2, t + STEP, "weights")
             add("weights", "busy", t + 0.2, t + 1.2)
-            if step >= self.step - 2:
-                for lane in range(16):
-                    began = t + 8 * noise(step, lane, 1)
-                    tail = 9.0 if lane == step % 16 else 0.0
-                    add(f"generation/{lane}", "busy", began, began + 1.2 + 2.2 * noise(step, lane, 2) + tail)
+            for lane in range(24):
+                began = t + 0.8 * noise(step, lane, 1)
+                for turn in range(4):
+                    tail = turn == 1 and lane == (step * 5) % 24
+                    ended = t + STEP - 0.2 if tail else began + 0.6 + 1.8 * noise(step, lane, turn, 2)
+                    add(f"generation/{lane}", "busy", began, ended)
+                    began = ended + 0.1
+                    if tail:
+                        break
         return {"object": "timeline", "spans": spans}
 
     def engines(self) -> list[Json]:

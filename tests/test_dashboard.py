@@ -265,7 +265,7 @@ CHARTS = (
     "Pipeline",
     "Version watermarks",
     "Staleness of what each step trained",
-    "Staleness in flight, in the queue, at training",
+    "In flight, in the queue, at training",
 )
 
 

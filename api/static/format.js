@@ -14,6 +14,14 @@ export function number(value) {
   return String(Number(value.toPrecision(3))).replace(/^-/, "−");
 }
 
+/** As many digits, up to six, as tell these two apart; never fewer than three. */
+export function telling(low, high) {
+  if (!isNumber(low) || !isNumber(high) || low === high) return number;
+  const digits = Math.ceil(Math.log10(Math.max(Math.abs(low), Math.abs(high)) / (high - low))) + 2;
+  if (digits <= 3) return number;
+  return (value) => (isNumber(value) ? String(Number(value.toPrecision(Math.min(6, digits)))).replace(/^-/, "−") : "–");
+}
+
 export const many = (count) => (isNumber(count) ? count.toLocaleString("en-US") : "–");
 
 /** 1 sample, 2 samples. */

@@ -1,6 +1,6 @@
 // The colours of the style sheet, for what is drawn on a canvas.
 
-const NAMES = ["paper", "ink", "soft", "faint", "rule", "wash", "accent", "accent-2", "accent-3", "warn", "bad"];
+const NAMES = ["paper", "ink", "soft", "faint", "rule", "wash", "accent", "accent-2", "accent-3", "warn", "warn-fill", "bad"];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const listeners = new Set();
 let known = null;

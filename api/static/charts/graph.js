@@ -9,7 +9,7 @@ const NARROW = 620; // CSS pixels below which the graph runs downwards
 const GAP = 22; // CSS pixels between stages that stand side by side
 const BELOW = 44; // CSS pixels for the way of the weights
 const ABOVE = 20; // CSS pixels for the word above a stage
-const PROMPTS = "prompts";
+const PROMPTS = "feeder";
 const COLUMNS = ["prompts", "generate", "score", "train"];
 
 export class Graph {
@@ -39,7 +39,7 @@ export class Graph {
     const { learner, served } = state.queue;
     const engines = [...new Set(Object.values(served ?? {}))].join(", ") || "nothing yet";
     setText(this.#weights, `weights: learner ${learner ?? "–"}, engine serves ${engines}`);
-    this.#figure.says(parts.map((part) => `${part.name} ${part.words}`).join("; ") + ".");
+    this.#figure.says(`${parts.map((part) => `${part.name} ${part.doing}`).join("; ")}.`);
     this.#figure.table(() => ({
       head: ["stage", "doing", "waits for", "ready", "leased"],
       rows: parts.map((part) => [part.name, part.activity, part.waitsFor ?? "", many(part.ready), many(part.leased)]),
@@ -58,7 +58,7 @@ export class Graph {
     setText(node.title, `${part.name} ${part.words}`);
     setAttribute(node.flag, "visibility", part.bottleneck ? "visible" : "hidden");
     for (const edge of this.#edges) {
-      if (edge.to === part.name) setText(edge.label, isNumber(part.rateIn) ? `${number(part.rateIn)}/s` : "");
+      if (edge.name === part.name) setText(edge.label, isNumber(part[edge.of]) ? `${number(part[edge.of])}/s` : "");
     }
   }
 
@@ -79,7 +79,7 @@ export class Graph {
     }, s("path", { d: "M1 1 7 4 1 7", class: "arrowhead" }))));
     this.#edges = [];
     for (let index = 1; index < columns.length; index += 1) {
-      for (const from of columns[index - 1]) for (const to of columns[index]) svg.append(this.#edge(places, from, to, down));
+      for (const from of columns[index - 1]) for (const to of columns[index]) svg.append(this.#edge(places, from, to, down, columns[index - 1].length > 1));
     }
     svg.append(...this.#back(places, columns, size, down));
     this.#nodes.clear();
@@ -87,7 +87,7 @@ export class Graph {
     replace(this.#host, svg);
   }
 
-  #edge(places, from, to, down) {
+  #edge(places, from, to, down, several) {
     const [a, b] = [places.get(from.name), places.get(to.name)];
     const start = down ? [a.x + a.width / 2, a.y + NODE.height] : [a.x + a.width, a.y + NODE.height / 2];
     const end = down ? [b.x + b.width / 2, b.y - 2] : [b.x - 2, b.y + NODE.height / 2];
@@ -95,8 +95,9 @@ export class Graph {
     const path = down
       ? `M${start} C${start[0]} ${my} ${end[0]} ${my} ${end}`
       : `M${start} C${mx} ${start[1]} ${mx} ${end[1]} ${end}`;
-    const label = s("text", down ? { x: end[0] + 8, y: my + 4 } : { x: mx, y: end[1] === start[1] ? my - 7 : (my + end[1]) / 2 - 7, "text-anchor": "middle" });
-    this.#edges.push({ to: to.name, label });
+    // Where ways come together, what each one brings stands at its beginning, else at its end.
+    const label = s("text", several ? labelAt(start, end, down, 1) : labelAt(end, start, down, -1));
+    this.#edges.push(several ? { name: from.name, of: "rateOut", label } : { name: to.name, of: "rateIn", label });
     return s("g", { class: "edge" }, s("path", { d: path, "marker-end": "url(#arrow)" }), label);
   }
 
@@ -133,6 +134,13 @@ export class Graph {
     this.#nodes.set(part.name, { group, title, activity, numbers, flag });
     return group;
   }
+}
+
+/** Place of a way's label beside its beginning (`sense` 1) or its end (−1), on the side to which it does not bend. */
+function labelAt([x, y], other, down, sense) {
+  const left = x < other[0];
+  if (down) return { x: x + (left ? -8 : 8), y: y + sense * 16 + 4, "text-anchor": left ? "end" : "start" };
+  return { x: x + sense * 32, y: y > other[1] ? y + 17 : y - 7, "text-anchor": "middle" };
 }
 
 function sideways(columns, width, height) {
@@ -190,8 +198,10 @@ function partOf(stage, workers, queue) {
     ready: counted ? stage.ready : queue.counts?.open,
     leased: counted ? stage.leased : states.generating,
     rateIn: stage.in_per_second,
+    rateOut: stage.out_per_second,
     numbers: counted ? `${many(stage.ready)} ready · ${many(stage.leased)} leased` : `${plural(queue.counts?.open ?? 0, "sample")} open`,
-    bottleneck: queue.bottleneck?.stage === stage.name || (stage.name === PROMPTS && queue.bottleneck?.stage === "feeder"),
+    bottleneck: queue.bottleneck?.stage === stage.name,
+    doing: waitsFor ? `waits for ${waitsFor}` : activity,
     words: `is ${activity}${waiting}${amount}`,
   };
 }

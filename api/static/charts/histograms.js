@@ -14,7 +14,7 @@ export class Histograms {
   #figure; #columns;
 
   constructor() {
-    this.#figure = new Figure({ title: "Staleness in flight, in the queue, at training", className: "histograms" });
+    this.#figure = new Figure({ title: "In flight, in the queue, at training", className: "histograms" });
     this.#columns = PLACES.map(([key, title, means]) => {
       const total = h("b", {});
       const rows = h("div", { class: "rows" });

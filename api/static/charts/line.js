@@ -2,7 +2,7 @@
 
 import uPlot from "../vendor/uplot/uPlot.esm.js";
 import { h, replace, setText } from "../dom.js";
-import { isNumber, number, plural } from "../format.js";
+import { isNumber, number, plural, telling } from "../format.js";
 import { colours, onTheme } from "../theme.js";
 import { Figure } from "./figure.js";
 
@@ -13,7 +13,7 @@ const SYNC = uPlot.sync("steps");
 /** One chart. `lines`: [{name, label, tone, kind}], kind `line` (default), `mean` (faint, with its rolling mean over it)
  *  or `dots`. `from`: values that the y axis always has. `means`: what the number means, to end its sentence. */
 export class LineChart {
-  #lines; #figure; #plot = null; #host; #legend; #data = null; #observer; #unlisten; #from; #means; #key = "";
+  #lines; #told = []; #figure; #plot = null; #host; #legend; #data = null; #observer; #unlisten; #from; #means; #key = "";
 
   constructor({ title, lines, from = [], means = "", wide = false }) {
     this.#lines = lines;
@@ -35,6 +35,7 @@ export class LineChart {
     this.element.hidden = !present.length;
     if (!present.length) return false;
     this.#data = aligned(present, series);
+    this.#told = this.#data.columns.slice(1).map((column) => telling(...extent(column.filter(isNumber))));
     const key = this.#data.drawn.map((line) => line.label).join("|");
     if (this.#plot === null || key !== this.#key) {
       this.#key = key;
@@ -64,9 +65,10 @@ export class LineChart {
     const first = present[0];
     const values = series[first.name].value.filter(isNumber);
     if (!values.length) return "No value yet.";
-    const [low, high] = values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
+    const [low, high] = extent(values);
+    const told = telling(low, high);
     const span = values.length > 1
-      ? `${number(values[0])} → ${number(values.at(-1))} in ${plural(values.length, "point")}, ${number(low)} to ${number(high)}`
+      ? `${told(values[0])} → ${told(values.at(-1))} in ${plural(values.length, "point")}, ${told(low)} to ${told(high)}`
       : `${number(values[0])} once`;
     const others = present.slice(1).map((line) => `${line.label} ${number(series[line.name].value.at(-1))}`);
     return `${[span, ...others].join("; ")}${this.#means ? `. ${this.#means}` : ""}.`;
@@ -79,7 +81,7 @@ export class LineChart {
     const shown = drawn.map((line, place) => {
       let row = at;
       while (index === null && row > 0 && columns[place + 1][row] === null) row -= 1;
-      return number(columns[place + 1][row] ?? NaN);
+      return this.#told[place](columns[place + 1][row] ?? NaN);
     });
     const main = drawn.findIndex((line) => !line.faint);
     this.#figure.value(index === null ? shown[main] : `step ${steps[at]}: ${shown[main]}`);
@@ -155,6 +157,8 @@ function aligned(lines, series) {
   }
   return { steps, raw, drawn, columns };
 }
+
+const extent = (values) => values.reduce(([a, b], value) => [Math.min(a, value), Math.max(b, value)], [Infinity, -Infinity]);
 
 function rolling(values, width) {
   const window = [];

@@ -9,11 +9,12 @@ import { Canvas, Figure } from "./figure.js";
 const ROW = 20; // CSS pixels of a worker
 const LANE = 4; // CSS pixels of a completion
 const MOST_LANES = 64;
+const TAIL = 3; // times the median from which a completion belongs to the long tail
 const BELOW = 20;
 const LEFT = 104;
 
 export class Timeline {
-  #figure; #canvas; #readout; #workers = []; #lanes = []; #from = 0; #to = 1;
+  #figure; #canvas; #readout; #workers = []; #lanes = []; #from = 0; #to = 1; #median = 0;
 
   constructor() {
     this.#figure = new Figure({ title: "Worker timeline", wide: true, className: "timeline" });
@@ -23,7 +24,7 @@ export class Timeline {
     });
     this.#readout = h("p", { class: "readout", "aria-hidden": "true" });
     const legend = h("ul", { class: "legend" },
-      [["accent", "busy"], ["warn", "blocked: has work and may not go on"], ["faint", "idle"], ["accent-2", "a completion"]].map(([tone, text]) =>
+      [["accent", "busy"], ["warn-fill", "blocked: has work and may not go on"], ["faint", "idle"], ["accent-2", "a completion"], ["ink", `one that takes ${TAIL} times the median or more`]].map(([tone, text]) =>
         h("li", {}, h("span", { class: `key fill tone-${tone}` }), text)));
     this.#figure.body.append(legend, this.#canvas.element, this.#readout);
     this.#canvas.element.addEventListener("pointermove", (event) => this.#point(event));
@@ -45,7 +46,10 @@ export class Timeline {
     }
     this.#from = Math.max(this.#to - seconds, known.reduce((first, span) => Math.min(first, span.start), Infinity));
     this.#workers = rowsOf(known.filter((span) => !span.worker.includes("/")));
-    this.#lanes = known.filter((span) => span.worker.includes("/")).sort((a, b) => a.start - b.start).slice(-MOST_LANES);
+    this.#lanes = rowsOf(known.filter((span) => span.worker.includes("/") && span.end > this.#from))
+      .sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true })).slice(0, MOST_LANES);
+    const lasted = this.#lasted();
+    this.#median = lasted[Math.floor(lasted.length / 2)] ?? 0;
     const lanes = this.#lanes.length ? this.#lanes.length * LANE + 14 : 0;
     this.#canvas.element.style.height = `${this.#workers.length * ROW + lanes + BELOW}px`;
     this.#figure.says(this.#sentence());
@@ -62,15 +66,20 @@ export class Timeline {
     this.#canvas.close();
   }
 
+  /** Seconds of all completions, the shortest first. */
+  #lasted() {
+    return this.#lanes.flatMap((lane) => lane.spans.map((span) => span.end - span.start)).sort((a, b) => a - b);
+  }
+
   #sentence() {
     const window = this.#to - this.#from || 1;
     const shares = this.#workers.map(({ name, spans }) => {
       const busy = spans.filter((span) => span.activity === "busy").reduce((sum, span) => sum + span.end - Math.max(span.start, this.#from), 0);
       return `${name} ${percent(Math.min(1, busy / window))}`;
     });
-    const lasted = this.#lanes.map((span) => span.end - span.start).sort((a, b) => a - b);
+    const lasted = this.#lasted();
     const tail = lasted.length
-      ? ` Half of ${plural(lasted.length, "completion")} took less than ${duration(lasted[Math.floor(lasted.length / 2)])}, the longest ${duration(lasted.at(-1))}.`
+      ? ` Half of ${plural(lasted.length, "completion")} took less than ${duration(this.#median)}, the longest ${duration(lasted.at(-1))}.`
       : "";
     return `Busy in the last ${duration(window)}: ${shares.join(", ")}.${tail}`;
   }
@@ -94,7 +103,7 @@ export class Timeline {
           context.fillStyle = tones.accent;
           context.fillRect(x(span.start), middle - 6, wide, 12);
         } else if (span.activity === "blocked") {
-          context.fillStyle = tones.warn;
+          context.fillStyle = tones["warn-fill"];
           context.fillRect(x(span.start), middle - 2.5, wide, 5);
         } else {
           context.fillStyle = tones.faint;
@@ -107,9 +116,11 @@ export class Timeline {
       context.fillStyle = tones.soft;
       context.textAlign = "right";
       context.fillText("completions", LEFT - 10, top + 6);
-      context.fillStyle = tones["accent-2"];
-      for (const [index, span] of this.#lanes.entries()) {
-        context.fillRect(x(span.start), top + index * LANE, Math.max(0.75, x(span.end) - x(span.start)), LANE - 1);
+      for (const [index, { spans }] of this.#lanes.entries()) {
+        for (const span of spans) {
+          context.fillStyle = span.end - span.start >= TAIL * this.#median ? tones.ink : tones["accent-2"];
+          context.fillRect(x(span.start), top + index * LANE, Math.max(0.75, x(span.end) - x(span.start) - 0.5), LANE - 1);
+        }
       }
     }
     context.fillStyle = tones.soft;
@@ -119,7 +130,7 @@ export class Timeline {
       const share = tick / ticks;
       context.textAlign = tick === 0 ? "left" : tick === ticks ? "right" : "center";
       const before = (1 - share) * (this.#to - this.#from);
-      context.fillText(tick === ticks ? clock(this.#to) : `−${duration(before)}`, LEFT + share * (width - LEFT), height - 4);
+      context.fillText(tick === ticks ? clock(this.#to) : `−${duration(before > 10 ? Math.round(before) : before)}`, LEFT + share * (width - LEFT), height - 4);
     }
   }
 
@@ -128,7 +139,7 @@ export class Timeline {
     const at = this.#from + ((event.offsetX - LEFT) / (width - LEFT)) * (this.#to - this.#from);
     const row = Math.floor(event.offsetY / ROW);
     const lane = this.#lanes[Math.floor((event.offsetY - this.#workers.length * ROW - 10) / LANE)];
-    const span = this.#workers[row]?.spans.find((other) => other.start <= at && at <= other.end) ?? (row >= this.#workers.length ? lane : null);
+    const span = (this.#workers[row] ?? lane)?.spans.find((other) => other.start <= at && at <= other.end);
     if (!span) setText(this.#readout, "");
     else {
       const why = span.cause ? `, waits for ${inWords(span.cause)}` : "";

@@ -109,7 +109,7 @@ export class Fleet {
     const words = jobs.length ? STATES.filter((state) => counts[state]).map((state) => `${many(counts[state])} ${state}`).join(", ") : "No job yet.";
     setText(this.#summary, words);
     this.#empty.hidden = this.#shown.length > 0 || !this.#loaded;
-    setText(this.#empty, jobs.length ? "No job is like that." : "Submit one here, or with `asyncflow submit`.");
+    setText(this.#empty, jobs.length ? "No job is like that." : "Submit one here, or with asyncflow submit on the command line.");
     if (this.#announced && this.#announced !== words) this.#app.announce(`Jobs: ${words}`);
     this.#announced = words;
   }

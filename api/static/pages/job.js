@@ -13,7 +13,7 @@ import { SamplesTab } from "./samples.js";
 const TABS = [
   ["", "Overview", Overview],
   ["samples", "Samples", SamplesTab],
-  ["events", "Events and log", EventsTab],
+  ["events", "Events", EventsTab],
   ["config", "Configuration", ConfigTab],
 ];
 

@@ -50,7 +50,7 @@ const CHARTS = [
     lines: [{ name: "completions/mean_length", label: "tokens", tone: "accent", kind: "mean" }],
     from: [0],
   },
-  { title: "Cut off at max_new_tokens", lines: [{ name: "completions/truncated_frac", label: "share", tone: "accent", kind: "mean" }], from: [0, 1] },
+  { title: "Cut off by max_new_tokens", lines: [{ name: "completions/truncated_frac", label: "share", tone: "accent", kind: "mean" }], from: [0, 1] },
   { title: "Gradient norm", lines: [{ name: "grad_norm", label: "norm", tone: "accent", kind: "mean" }], from: [0] },
   {
     title: "Generated tokens a second",

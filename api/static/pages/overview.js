@@ -7,8 +7,9 @@ import { Histograms } from "../charts/histograms.js";
 import { Timeline } from "../charts/timeline.js";
 import { Watermarks } from "../charts/watermarks.js";
 import { h, replace, setText } from "../dom.js";
-import { bytes, clock, many } from "../format.js";
-import { isEnded, isLive, listed } from "../words.js";
+import { clock, many } from "../format.js";
+import { isEnded, isLive } from "../words.js";
+import { Account } from "./account.js";
 import { Learning } from "./learning.js";
 import { Stages, Workers } from "./stages.js";
 import { Weights } from "./weights.js";
@@ -26,7 +27,7 @@ export class Overview {
     this.#feed = feed;
     this.#bottleneck = h("p", { class: "bottleneck" });
     this.#alarms = h("ul", { class: "alarms" });
-    this.#account = h("p", { class: "account" });
+    this.#account = new Account();
     this.#error = h("p", { class: "error", role: "alert" });
     this.#waiting = h("p", { class: "empty" });
     this.#graph = new Graph();
@@ -41,7 +42,7 @@ export class Overview {
     this.#running = h("div", { class: "overview" },
       h("h2", { class: "unseen" }, "Now"), this.#bottleneck, this.#alarms,
       h("section", { class: "grid", "aria-label": "Now" },
-        h("div", { class: "c8" }, this.#graph.element, this.#account), h("div", { class: "c4" }, this.#watermarks.element)),
+        h("div", { class: "c8" }, this.#graph.element), h("div", { class: "c4" }, this.#watermarks.element, this.#account.element)),
       h("h2", {}, "Staleness"),
       h("section", { class: "grid", "aria-label": "Staleness" },
         h("div", { class: "c8" }, this.#heatmap.element), h("div", { class: "c4" }, this.#histograms.element)),
@@ -92,19 +93,7 @@ export class Overview {
     this.#histograms.show(queue.staleness, queue.max_staleness);
     this.#stages.show(queue);
     this.#workers.show(workers, this.#app.may("submit") && isLive(this.#feed.job));
-    const { counts } = queue;
-    const dropped = Object.values(counts.dropped ?? {}).reduce((sum, count) => sum + count, 0);
-    const term = (count, name, title) => h("span", { title: title || null }, h("b", {}, many(count)), ` ${name}`);
-    const op = (sign) => h("span", { class: "op" }, sign);
-    const balanced = counts.admitted === counts.trained + dropped + counts.quarantined + counts.open;
-    const text = JSON.stringify([counts, queue.bytes]);
-    if (this.#account.dataset.of !== text) {
-      this.#account.dataset.of = text;
-      const extra = [["generated again", counts.requeued], ["masked", counts.masked], ["restored", counts.restored]].filter(([, count]) => count);
-      replace(this.#account, term(counts.admitted, "admitted"), " ", op(balanced ? "=" : "≠"), " ", term(counts.trained, "trained"), " ", op("+"), " ",
-        term(dropped, "dropped", listed(counts.dropped)), " ", op("+"), " ", term(counts.quarantined, "quarantined"), " ", op("+"), " ", term(counts.open, "open"),
-        h("span", { class: "aside" }, [...extra.map(([name, count]) => `${many(count)} ${name}`), `${bytes(queue.bytes)} in the store`].join(", ")));
-    }
+    this.#account.show(queue);
   }
 
   #showAlarms() {

@@ -106,10 +106,13 @@ export class SamplesTab {
     try {
       const sample = await get(jobPath(this.#id, `/samples/${encodeURIComponent(sampleId)}`));
       if (this.#shown !== sampleId) return;
-      const back = h("a", { class: "back", href: this.#address(null, this.#search) }, "All samples");
+      const back = h("a", { class: "back-link", href: this.#address(null, this.#search) }, "All samples");
       const { element } = new Sample(sample);
       replace(this.#detail, back, element);
-      if (this.#list.offsetParent === null) element.focus(); // on a phone the sample takes the list's place
+      if (this.#list.offsetParent === null) { // on a phone the sample takes the list's place
+        element.focus({ preventScroll: true });
+        this.#detail.scrollIntoView();
+      }
     } catch (error) {
       if (this.#shown === sampleId) replace(this.#detail, h("p", { class: "empty" }, error.message));
     }

@@ -3,6 +3,8 @@
 import { h, Keyed, setAttribute, setText } from "../dom.js";
 import { duration, isNumber, many, number, percent } from "../format.js";
 
+const CALM = 10; // seconds from which it is worth saying for how long
+
 const COLUMNS = [
   ["ready", (stage) => many(stage.ready)],
   ["leased", (stage) => many(stage.leased)],
@@ -44,7 +46,7 @@ export class Workers {
   constructor(drain) {
     const list = h("ul", { class: "workers" });
     this.element = h("section", { class: "panel waits" }, h("h3", {}, "Who waits for whom"),
-      h("p", { class: "says" }, "The last minute of each worker: busy, blocked, idle."), list);
+      h("p", { class: "says" }, "The last minute of each worker, and how much of it was busy. Amber: it had work and could not go on."), list);
     this.#rows = new Keyed(list, (worker) => worker.name, (worker) => this.#row(worker.name, drain));
   }
 
@@ -55,23 +57,24 @@ export class Workers {
   #row(name, drain) {
     const parts = ["busy", "blocked", "idle"].map((activity) => h("i", { class: activity }));
     const words = h("p", {});
+    const share = h("span", { class: "share" });
     const dot = h("span", { class: "dot" });
     const button = h("button", { type: "button", class: "quiet small" });
     let last = null;
     button.addEventListener("click", () => drain(name, !last.drained));
     return {
-      element: h("li", {}, h("b", {}, dot, name), h("span", { class: "bar", "aria-hidden": "true" }, parts), words, button),
+      element: h("li", {}, h("b", {}, dot, name), h("span", { class: "bar", "aria-hidden": "true" }, parts), share, words, button),
       update(worker) {
         last = worker;
         setAttribute(dot, "class", `dot ${worker.activity}`);
         for (const [index, activity] of ["busy", "blocked", "idle"].entries()) {
           parts[index].style.width = `${(worker.shares?.[activity] ?? 0) * 100}%`;
         }
-        const waits = worker.activity === "busy" ? "" : worker.waits_for ? ` for ${worker.waits_for}` : "";
-        const since = isNumber(worker.since_seconds) && worker.since_seconds >= 1 ? `, since ${duration(Math.floor(worker.since_seconds))}` : "";
+        setText(share, percent(worker.shares?.busy));
+        const since = isNumber(worker.since_seconds) && worker.since_seconds >= CALM ? `, for ${duration(Math.floor(worker.since_seconds))}` : "";
         const silent = isNumber(worker.heartbeat_seconds) && worker.heartbeat_seconds > 10 ? `; silent for ${duration(worker.heartbeat_seconds)}` : "";
-        const doing = worker.activity === "busy" ? "busy" : waits ? `${worker.activity}: waits${waits}` : worker.activity;
-        setText(words, `${doing}${since} (busy ${percent(worker.shares?.busy)})${worker.drained ? "; drained: takes nothing new" : ""}${silent}`);
+        const doing = worker.activity !== "busy" && worker.waits_for ? `waits for ${worker.waits_for}` : worker.activity;
+        setText(words, `${doing}${since}${worker.drained ? "; drained: takes nothing new" : ""}${silent}`);
         button.hidden = !worker.changeable || !worker.stage;
         setText(button, worker.drained ? "Undrain" : "Drain");
         setAttribute(button, "aria-label", `${worker.drained ? "Undrain" : "Drain"} ${name}`);

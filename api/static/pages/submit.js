@@ -28,7 +28,7 @@ export class Submit {
 
   constructor(app, search) {
     app.title("Submit a job");
-    this.#text = h("textarea", { id: "config", rows: "24", spellcheck: "false", autocapitalize: "off", "aria-describedby": "config-help submit-answer", on: { input: () => this.#edited() } });
+    this.#text = h("textarea", { id: "config", rows: "22", spellcheck: "false", autocapitalize: "off", "aria-describedby": "config-help submit-answer", on: { input: () => this.#edited() } });
     this.#text.value = EXAMPLE;
     this.#name = h("input", { id: "name", type: "text", maxlength: "100", on: { input: () => this.#edited() } });
     this.#priority = h("input", { id: "priority", type: "number", min: "0", max: "100", value: "50", on: { input: () => this.#edited() } });
@@ -40,7 +40,7 @@ export class Submit {
     this.element = h("div", { class: "page" }, h("div", { class: "page-head" }, h("h1", {}, "Submit a job")),
       app.may("submit") ? null : h("p", { class: "notice" }, "This token may only read."),
       h("form", { class: "submit-form grid", on: { submit: (event) => this.#submit(event) } },
-        h("div", { class: "c8" }, h("label", { for: "config" }, "Configuration"), h("p", { class: "help", id: "config-help" }, "YAML or JSON, as for `asyncflow run`. The service chooses the run directory."), this.#text),
+        h("div", { class: "c8" }, h("label", { for: "config" }, "Configuration"), h("p", { class: "help", id: "config-help" }, "YAML or JSON, as for ", h("code", {}, "asyncflow run"), ". The service chooses the run directory."), this.#text),
         h("div", { class: "c4 side" },
           h("label", { for: "name" }, "Name"), this.#name,
           h("label", { for: "priority" }, "Priority, 0 to 100"), this.#priority,
