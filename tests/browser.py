@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,11 +17,11 @@ NO_BROWSER = "ASYNCFLOW_NO_BROWSER"
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
 
 
-def find_chromium() -> str:
+def find_chromium(environment: Mapping[str, str] = os.environ) -> str:
     """Path of a Chromium; skips where the user has said that there is none, and fails where nobody has."""
-    if found := next((path for name in NAMES if (path := shutil.which(name))), None):
+    if found := next((path for name in NAMES if (path := shutil.which(name, path=environment.get("PATH")))), None):
         return found
-    if os.environ.get(NO_BROWSER) == "1":
+    if environment.get(NO_BROWSER) == "1":
         pytest.skip(f"{NO_BROWSER}=1: no browser is wanted")
     pytest.fail(
         "The dashboard is tested in Chromium, and none is on the path. Install the one of the distribution "

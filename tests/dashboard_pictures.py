@@ -25,7 +25,6 @@ PICTURES: tuple[tuple[str, str, tuple[int, int], Scheme], ...] = (
     ("sample", "sample", DESKTOP, "light"),
     ("sample-phone", "sample", PHONE, "light"),
     ("submit", "submit", DESKTOP, "light"),
-    ("configuration", "configuration", DESKTOP, "dark"),
     ("events", "events", DESKTOP, "dark"),
 )
 """File, place, size, colours."""

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -20,8 +21,9 @@ from asyncflow_api.routes.dashboard import STATIC, make_router
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
-from tests.browser import Watch, arguments, find_chromium, seen_at, violations, watch_for
+from tests.browser import NO_BROWSER, Watch, arguments, find_chromium, seen_at, violations, watch_for
 from tests.dashboard_backend import Backend, serving
 from tests.dashboard_run import HOSTILE
 
@@ -204,6 +206,33 @@ def test_vendored_code_is_as_it_was_published() -> None:
         if path.suffix in (".js", ".mjs", ".css")
     }
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code.items()} == digests
+
+
+# -- the checks themselves ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_browser_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_chromium({"PATH": str(tmp_path)})
+    with pytest.raises(pytest.skip.Exception):
+        find_chromium({"PATH": str(tmp_path), NO_BROWSER: "1"})
+
+
+def test_what_no_page_may_do_is_seen(opens: Opens, watch: Watch) -> None:
+    page = opens()
+    page.get_by_label("Token").wait_for()
+    page.evaluate("() => fetch('http://elsewhere.invalid/').catch(() => {})")
+    page.evaluate("() => { document.querySelector('label').remove() }")
+    assert any("label" in line for line in violations(page))
+    assert any("elsewhere.invalid" in line for line in watch.wrong)
+    watch.wrong.clear()
+
+
+def test_not_even_a_script_of_this_page_can_make_markup_of_text(opens: Opens, watch: Watch) -> None:
+    page = opens()
+    watch.expected += ("TrustedHTML",)
+    with pytest.raises(PlaywrightError, match="TrustedHTML"):
+        page.evaluate("() => { document.body.innerHTML = '<b>text</b>' }")
 
 
 # -- login -------------------------------------------------------------------------------------------------------------
