@@ -158,13 +158,15 @@ def test_a_worker_that_is_drained_starts_nothing_until_it_is_let_go_on(going: Go
 
     client.drain(name)
     client.drain(name)
-    # With one part at rest all others run out of work.
-    wait_until(lambda: worker(run_dir, name)["cause"] == "drain", process)
-    wait_until(lambda: nothing_moves(client), process)
-    assert worker(run_dir, name) | {"drained": True, "activity": "blocked"} == worker(run_dir, name)
-    at = step_of(run_dir)
-
-    client.undrain(name)
+    try:
+        # With one part at rest all others run out of work.
+        wait_until(lambda: worker(run_dir, name)["cause"] == "drain", process)
+        wait_until(lambda: nothing_moves(client), process)
+        at_rest = worker(run_dir, name)
+        assert (at_rest["drained"], at_rest["activity"]) == (True, "blocked")
+        at = step_of(run_dir)
+    finally:
+        client.undrain(name)
 
     wait_until(lambda: step_of(run_dir) >= at + 3, process)
     assert worker(run_dir, name)["drained"] is False
