@@ -1,1 +1,1 @@
-"""The routes of the service, one file for each subject."""
+"""The routes, one file for each thing that a client can ask about."""
