@@ -16,10 +16,24 @@ from asyncflow_api import problems
 from asyncflow_api.auth import Authentication, Tokens
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.limits import Limits
-from asyncflow_api.routes import history, service
+from asyncflow_api.measures import Durations
+from asyncflow_api.routes import (
+    completions,
+    dashboard,
+    exchange,
+    history,
+    metrics_of_job,
+    prometheus,
+    queue,
+    samples,
+    service,
+    workers,
+)
 from asyncflow_api.routes import jobs as jobs_routes
+from asyncflow_api.runs import Runs
 from asyncflow_api.settings import Settings
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from asyncflow.clock import Clock, SystemClock
 
@@ -27,6 +41,14 @@ ROUTERS = (
     service.router,
     jobs_routes.router,
     history.router,
+    queue.router,
+    workers.router,
+    samples.router,
+    metrics_of_job.router,
+    exchange.router,
+    completions.router,
+    prometheus.router,
+    dashboard.router,
 )
 """One line for each file in `routes/`."""
 
@@ -41,6 +63,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         found = jobs or Jobs(settings, clock=clock)
+        app.state.runs = Runs()
         try:
             app.state.jobs = found
             app.state.tokens = Tokens(found.database, clock)
@@ -48,6 +71,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
             found.start()
             yield
         finally:
+            app.state.runs.close()
             found.close()
 
     app = FastAPI(
@@ -59,9 +83,11 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
         docs_url=None,
         redoc_url=None,
     )
+    app.state.measures = CollectorRegistry()
     problems.install(app)
     app.add_middleware(Limits, settings=settings, clock=clock)
     app.add_middleware(Authentication, settings=settings, tokens=lambda: app.state.tokens, clock=clock)
+    app.add_middleware(Durations, registry=app.state.measures)
     app.add_middleware(problems.Outermost)  # the last one added comes first
     for router in ROUTERS:
         app.include_router(router)
