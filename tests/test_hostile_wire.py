@@ -42,6 +42,8 @@ SENT, EACH = 400, 60
 """Cases of a fuzz that is run with every change, and of each call."""
 NO_ANSWER = (fl.FlightInternalError, fl.FlightTimedOutError, fl.FlightUnavailableError, fl.FlightCancelledError)
 """What no client is told that a server has understood and refuses."""
+LATER = ("there is no room", "too many puts are under way", "the puts under way have")
+"""Why a put is refused that may be tried again."""
 
 
 class Target(ServedStore):
@@ -92,7 +94,7 @@ class Target(ServedStore):
         except grpc.RpcError as error:
             code, details = error.code(), str(error.details())
         assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED), details
-        assert code != grpc.StatusCode.UNAVAILABLE or "there is no room" in details, details
+        assert code != grpc.StatusCode.UNAVAILABLE or any(words in details for words in LATER), details
         return details
 
     def get(self, ticket: bytes) -> str | None:
@@ -298,6 +300,8 @@ def test_a_refusal_with_many_rows_arrives_with_all_of_them(tmp_path: Path) -> No
         ("serve", {"version": {"n": 1 << 32}}),
         ("serve", {"engine": "e" * 1000}),
         ("checkpointed", {"oldest": {"n": -5}}),
+        ("amend", {"max_staleness": 1 << 32}),  # with more than that nobody could be told what there is room for
+        ("amend", {"last_version": (1 << 63) - 1}),
         ("nack", {"sample_ids": [0, 0]}),
         ("nack", {"reason": "x" * 5000}),
         ("gone", {"worker": "x" * 5000}),
@@ -663,6 +667,8 @@ class Limited:
         self.server = StoreServer(self.store, token=TOKEN, **limits)
         self.raw = RawFlight(self.server.location, TOKEN)
         self.ends: list[threading.Event] = []
+        self.calls: list[Any] = []
+        """A call that nobody has any more is cancelled."""
 
     def begin(self, *messages: bytes) -> threading.Event:
         """A put of these messages that ends when the event is set."""
@@ -673,16 +679,16 @@ class Limited:
             yield from messages
             end.wait()
 
-        self.raw.channel.stream_stream(f"{SERVICE}/DoPut")(sent(), metadata=self.raw.metadata)
+        self.calls.append(self.raw.channel.stream_stream(f"{SERVICE}/DoPut")(sent(), metadata=self.raw.metadata))
         return end
 
-    def refusal(self) -> str:
-        """Why a put is refused; nothing when it is taken."""
+    def put(self) -> str | None:
+        """Why a put is refused; None when it is taken."""
         try:
             self.raw.put(stream(prompts(1)))
         except grpc.RpcError as error:
             return str(error.details())
-        return ""
+        return None
 
     def close(self) -> None:
         for end in self.ends:
@@ -704,17 +710,33 @@ def limited(tmp_path: Path) -> Iterator[Callable[..., Limited]]:
         one.close()
 
 
+def fill(most: int, begin: Callable[[], object], put: Callable[[], str | None]) -> None:
+    """Begin puts until there are as many as may be. A put that only looks may have the place that one of them wants,
+    which is refused then: so another one is begun whenever there was room."""
+    for _ in range(most):
+        begin()
+
+    def full() -> bool:
+        refused = str(put())
+        if f"too many puts are under way: {most} are allowed at the same time; end one first" in refused:
+            return True
+        begin()
+        return False
+
+    wait_until(full)
+
+
 def test_so_many_puts_and_no_more_are_under_way(limited: Callable[..., Limited]) -> None:
     store = limited(most_puts=3)
-    ends = [store.begin(*stream(prompts(1))) for _ in range(3)]
-    words = "too many puts are under way: 3 are allowed at the same time; end one first"
 
-    wait_until(lambda: words in store.refusal())
+    fill(3, lambda: store.begin(*stream(prompts(1))), store.put)
+
     far = connect(store.server.location, token=TOKEN, patience=30.0, local=False)
     assert far.counts().admitted == 0  # what is no put is answered
-    ends[0].set()
+    for end in store.ends:
+        end.set()
 
-    wait_until(lambda: not store.refusal())
+    wait_until(lambda: store.put() is None)
     assert far.admit(prompts(1), timeout=0.0) == (0,)
     far.close()
 
@@ -746,14 +768,13 @@ def test_puts_that_never_end_are_bounded_and_keep_nobody_else_from_an_answer(fre
         end.wait()
 
     channels = [RawFlight(fresh.location, TOKEN) for _ in range(8)]
-    puts = [
-        channels[i % 8].channel.stream_stream("/arrow.flight.protocol.FlightService/DoPut")(
-            stuck(), metadata=channels[0].metadata
-        )
-        for i in range(MAX_PUTS + 20)  # more than there are places, of which a probe may have taken one
-    ]
+    puts: list[Any] = []
 
-    wait_until(lambda: "too many puts are under way: 64" in str(fresh.put(stream(prompts(1)))))
+    def begin() -> None:
+        raw = channels[len(puts) % 8]
+        puts.append(raw.channel.stream_stream(f"{SERVICE}/DoPut")(stuck(), metadata=raw.metadata))
+
+    fill(MAX_PUTS, begin, lambda: fresh.put(stream(prompts(1))))
     answers_others(fresh)
 
     for put in puts[: MAX_PUTS // 2]:

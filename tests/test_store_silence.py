@@ -19,7 +19,7 @@ from asyncflow.errors import Unreachable
 from asyncflow.store import wire
 from asyncflow.store.events import PutId
 from asyncflow.store.flight import StoreServer
-from asyncflow.store.remote import RemoteControl, connect
+from asyncflow.store.remote import RemoteControl, RemoteFrames, connect
 from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
 from tests.processes import DEADLINE, wait_until
@@ -71,9 +71,8 @@ def calls(control: RemoteControl) -> dict[str, Callable[[], Any]]:
 def test_no_call_waits_for_ever_for_a_server_that_takes_it_and_never_answers(server: StoreProcess) -> None:
     first = server.connect()
     first.serve("engine", VERSION)
-    client = connect(server.location, token=server.token, patience=0.0, local=False)
-    control, put = client._control, PutId(producer="p", sequence=1)
-    assert isinstance(control, RemoteControl)
+    control = RemoteControl(server.location, token=server.token, patience=0.0, grace=2.0, transfer=2.0)
+    client, put = Store(first.schema, first.group_size, control, RemoteFrames(control)), PutId(producer="p", sequence=1)
     asked = {**calls(control), "a put": lambda: client.admit(prompts(1), put=put, timeout=0.0)}
     assert set(wire.CALLS) <= set(asked)
     ends: dict[str, BaseException | None] = {}

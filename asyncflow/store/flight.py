@@ -120,7 +120,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
 
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> list[bytes]:
         name, body = action.type, memoryview(action.body)
-        with _refusals():
+        with _refusals(context):
             if name not in self._calls:
                 raise StoreError(f"there is no call {name!r}; the calls are {', '.join(self._calls)}")
             _check_size(body)
@@ -138,7 +138,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.RecordBatchStream:
-        with _refusals():
+        with _refusals(context):
             _check_size(ticket.ticket)
             if ticket.ticket[:1] == b"{":
                 about = _decoded(wire.SAMPLES_TICKET, ticket.ticket, "samples")
@@ -157,7 +157,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         reader: fl.MetadataRecordBatchReader,
         writer: fl.FlightMetadataWriter,
     ) -> None:
-        with _refusals(), self._received.put() as received:
+        with _refusals(context), self._received.put() as received:
             with self._puts.one():  # not while it waits for room: those who make some put as well
                 batch = received.batch(reader, self._store.schema)
             if descriptor.path == [b"frame"]:
@@ -201,7 +201,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
             yield self._info(stage)
 
     def get_flight_info(self, context: fl.ServerCallContext, descriptor: fl.FlightDescriptor) -> fl.FlightInfo:
-        with _refusals():
+        with _refusals(context):
             stages = self._store.schema.stages
             name = b"/".join(descriptor.path or []).decode(errors="replace")
             if name not in stages:
@@ -418,7 +418,7 @@ def _check_columns(put: pa.Schema, schema: Schema) -> None:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(context: fl.ServerCallContext) -> Iterator[None]:
     """Errors of the store as Flight errors from which a client makes the same again."""
     try:
         yield
@@ -429,6 +429,8 @@ def _refusals() -> Iterator[None]:
     except MemoryError as error:
         raise _refused(StoreError(f"this does not fit into memory ({error}): ask for less at a time")) from None
     except Exception as error:
+        if context.is_cancelled():  # there is nobody any more to be told anything
+            raise fl.FlightCancelledError(f"the client has gone: {error}") from None
         logger.exception("a call has failed")
         message = f"the store has failed: {type(error).__name__}: {error}"
         raise fl.FlightInternalError(wire.shortened(message)) from None

@@ -111,6 +111,8 @@ class RemoteControl:
         token: str,
         tls_root: bytes | None = None,
         patience: float = PATIENCE,
+        grace: float = GRACE,
+        transfer: float = TRANSFER,
         clock: Clock | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -118,7 +120,7 @@ class RemoteControl:
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._tls_root = tls_root
-        self._patience = patience
+        self._patience, self._grace, self._transfer = patience, grace, transfer
         self._headers = [(b"authorization", f"Bearer {token}".encode())]
         self._lock = threading.Lock()
         self._client = self._connect()
@@ -351,7 +353,7 @@ class RemoteControl:
 
         def put(client: fl.FlightClient) -> int:
             descriptor = fl.FlightDescriptor.for_path("frame")
-            within = TRANSFER + batch.nbytes / SLOWEST
+            within = self._transfer + batch.nbytes / SLOWEST
             writer, reader = client.do_put(descriptor, batch.schema, self._options(within))
             writer.write_batch(batch)
             writer.done_writing()
@@ -364,7 +366,7 @@ class RemoteControl:
     def get_rows(self, columns: Sequence[str], frames: np.ndarray, offsets: np.ndarray) -> pa.Table:
         """Rows of frames, from the store's own host. Raises DamagedData."""
         ticket = fl.Ticket(wire.encode(wire.Ticket(columns=list(columns), frames=frames, offsets=offsets)))
-        return self._try(lambda client: client.do_get(ticket, self._options(TRANSFER)).read_all())
+        return self._try(lambda client: client.do_get(ticket, self._options(self._transfer)).read_all())
 
     # -- the wire ------------------------------------------------------------------------------------------------------
 
@@ -372,7 +374,7 @@ class RemoteControl:
         action = fl.Action(name, wire.encode(request))
 
         def call(client: fl.FlightClient) -> Any:
-            answer, *refusal = client.do_action(action, self._options(wait + GRACE))
+            answer, *refusal = client.do_action(action, self._options(wait + self._grace))
             if refusal:
                 raise REFUSAL.decode(memoryview(refusal[0].body)).as_error()
             return wire.ANSWERS[name].decode(memoryview(answer.body))

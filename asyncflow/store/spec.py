@@ -20,6 +20,7 @@ from asyncflow.config import Section
 from asyncflow.errors import ConfigError
 from asyncflow.store.events import LatePolicy, Opened
 from asyncflow.store.frames import check_schema
+from asyncflow.store.samplers import NUMBER
 from asyncflow.store.schema import Order, Role, Schema, Stage
 
 _NESTED = re.compile(r"(?P<kind>list|large_list|fixed_size_list)<(?:\w+: ?)?(?P<values>.+)>(?:\[(?P<size>\d+)\])?")
@@ -61,8 +62,8 @@ class StoreSpec(Section):
     """Samples that one step consumes, whole groups."""
     num_generations: int = Field(default=8, ge=1)
     """Samples of one prompt (a group)."""
-    max_staleness: int = Field(default=1, ge=0)
-    last_version: int | None = Field(default=None, ge=0)
+    max_staleness: int = Field(default=1, ge=0, le=NUMBER)
+    last_version: int | None = Field(default=None, ge=0, le=NUMBER)
     min_group: int | None = Field(default=None, ge=1)
     """Samples of a group that are enough to train; None is two, or one where groups have one."""
     max_attempts: int = Field(default=3, ge=1)

@@ -460,6 +460,8 @@ class Table(Choice):
         last = self.terms.last_version if last_version is None else last_version
         if bound < 0:
             raise IllegalTransition(f"max_staleness cannot be {bound}: 0 is synchronous, higher is further ahead")
+        if max(bound, last or 0) > NUMBER:
+            raise IllegalTransition(f"versions are numbered up to {NUMBER}: {max(bound, last or 0)} is none of them")
         made = self.learner.n + bool(self.taken.count)
         if last is not None and last < made:
             what = "has samples of" if made > self.learner.n else "has made"

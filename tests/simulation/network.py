@@ -91,7 +91,8 @@ class SimBroker(Broker):
         except Killed as death:
             self._on_death(isinstance(death, PowerCut))
             return
-        insist(self._next_chore() > self.clock.monotonic(), "leases run out in time", self._next_chore())
+        deadline = self.table.next_deadline()
+        insist(deadline is None or deadline > self.clock.monotonic(), "leases run out in time", deadline)
         self._wake()
 
 
