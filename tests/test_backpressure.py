@@ -16,7 +16,9 @@ from asyncflow.errors import StoreError
 from asyncflow.launch import resolve
 from asyncflow.pipeline import open_store
 from asyncflow.plan import plan
+from asyncflow.store.broker import _Parked
 from asyncflow.store.store import Store
+from asyncflow.store.topics import ADMISSION
 from asyncflow.types import PolicyVersion
 from tests.conftest import TINY
 from tests.processes import wait_until
@@ -228,13 +230,14 @@ def test_a_large_put_is_not_starved_by_small_ones(make: Callable[..., Bench], li
 def test_who_gives_up_makes_way_for_those_behind_him(make: Callable[..., Bench]) -> None:
     bench = make(max_rows=8)
     bench.put(3)
-    gives_up = threading.Thread(target=lambda: bench.put(2, timeout=0.2))
-    gives_up.start()
-    wait_until(lambda: bench.store.broker.waiting() == 1)
-
+    broker = bench.store.broker
+    large = _Parked(lambda _now, _last: broker._has_room(2, size=0) or None)
+    broker._park(ADMISSION, large, LONG)
     small = bench.later("small")
+    assert bench.done == []
 
-    gives_up.join(LONG)
+    assert broker._collect(ADMISSION, large) is None  # his time is up
+
     small.join(LONG)
     assert bench.done == ["small"]
 

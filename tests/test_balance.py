@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from asyncflow.store.balance import balanced, differencing, greedy
+from tests.test_flight import Served, pa_join
+from tests.test_store import batch, rewards
 
 QUIET = settings(deadline=None, database=None, max_examples=60, derandomize=True)
 
@@ -28,11 +32,11 @@ def test_the_heaviest_share_of_a_realistic_mix_has_hardly_more_than_the_lightest
     seed: int, count: int, k: int, equal_counts: bool
 ) -> None:
     weights = lengths(seed, count)
+    assume(max(weights) * k <= sum(weights))  # a sequence that is longer than a fair share cannot be balanced
+
     made = sums(balanced(weights, k, equal_counts=equal_counts), weights)
 
-    # One sequence that is longer than a fair share cannot be balanced by anybody.
-    if max(weights) * k <= sum(weights):
-        assert max(made) <= 1.05 * min(made)
+    assert max(made) <= 1.05 * min(made)
 
 
 @QUIET
@@ -66,3 +70,53 @@ def test_there_are_as_many_shares_as_ranks_though_there_are_fewer_items() -> Non
     assert [len(share) for share in balanced([], 2, equal_counts=True)] == [0, 0]
     with pytest.raises(ValueError, match="at least 1"):
         balanced([1], 0)
+
+
+def test_replicas_of_a_learner_get_the_same_shares_of_what_a_token_budget_allows(tmp_path: Path) -> None:
+    """One lease with both: 8 ranks, of which one asks from this host and its replica from another one."""
+    ranks, groups, size, prompt = 8, 96, 4, 12
+    served = Served(tmp_path, train_batch_size=groups * size, num_generations=size)
+    mix = lengths(7, groups * size)
+    asked = batch(
+        {"prompt": ['"?"'] * groups, "prompt_columns": ["{}"] * groups, "prompt_ids": [[1] * prompt] * groups}
+    )
+    answers = batch(
+        {
+            "response_ids": [[2] * n for n in mix],
+            "rollout_logprobs": [[-0.5] * n for n in mix],
+            "token_versions": [[0] * n for n in mix],
+            "response": [""] * len(mix),
+            "finish_reason": ["stop"] * len(mix),
+        }
+    )
+    assert served.store.admit(asked, pa_join(answers, rewards(range(len(mix)))), timeout=0.0) is not None
+    weights = [prompt + n for n in mix]
+    budget = sum(weights) // 2
+
+    leases = []
+    for local in (True, False):
+        lease = served.connect(local=local).lease(
+            "train", worker="learner", max_rows=10**6, max_tokens=budget, ranks=ranks, request="step 1", ttl=60.0,
+            timeout=0.0,
+        )  # fmt: skip
+        assert lease is not None
+        leases.append(lease)
+    rest = served.connect().lease(
+        "train", worker="learner", max_rows=10**6, max_tokens=budget, ranks=ranks, request="step 1b", ttl=60.0,
+        timeout=0.0,
+    )  # fmt: skip
+
+    one, other = leases
+    held = [weights[sample] for sample in one.sample_ids.tolist()]
+    next_group = sum(weights[len(held) : len(held) + size])
+    assert budget - next_group < sum(held) <= budget
+    assert sorted(np.concatenate(one.shares).tolist()) == list(range(len(held)))
+    made = sums(one.shares, held)
+    assert len(made) == ranks
+    assert max(made) <= 1.05 * min(made)
+    assert (other.lease_id, other.sample_ids.tolist()) == (one.lease_id, one.sample_ids.tolist())
+    assert [share.tolist() for share in other.shares] == [share.tolist() for share in one.shares]
+    assert other.data.equals(one.data)
+    assert rest is not None
+    assert not set(rest.sample_ids.tolist()) & set(one.sample_ids.tolist())
+    served.close()

@@ -27,6 +27,7 @@ from asyncflow.store.segments import segment_path
 from asyncflow.store.store import RESTART_GRACE, EmbeddedStore, Store
 from asyncflow.types import PolicyVersion
 from tests.processes import wait_until
+from tests.raw_flight import SERVICE, RawFlight, field
 from tests.test_store import SCHEMA, ids, prompts, responses, rewards, terms
 
 TOKEN = "a token"
@@ -197,17 +198,20 @@ def test_those_who_wait_are_served_in_the_order_in_which_they_came(served: Serve
 
 
 def test_a_client_that_has_died_while_it_waited_is_given_nothing(served: Served) -> None:
-    raw = fl.FlightClient(served.server.location)
+    raw, broker = RawFlight(served.server.location, TOKEN), served.store.broker
     request = {"stage": "rollout", "worker": "w", "max_rows": 9, "ttl": 9, "timeout": 60}
-    action = fl.Action("lease", json.dumps(request).encode())
-    with pytest.raises(fl.FlightTimedOutError):
-        list(raw.do_action(action, options(timeout=0.2)))
-    wait_until(lambda: served.store.broker.waiting() == 1)
+    call = raw.channel.unary_stream(f"{SERVICE}/DoAction")(
+        field(1, b"lease") + field(2, json.dumps(request).encode()), metadata=raw.metadata
+    )
+    wait_until(lambda: broker.waiting() == 1)
+    call.cancel()
+    wait_until(lambda: not broker._parked["rollout"][0].alive())
 
     served.store.admit(prompts(1), timeout=0.0)
 
     assert served.store.counts().leased == {}
     assert ids(take(served.store, "rollout")) == [0, 1]
+    raw.close()
 
 
 def test_a_late_ack_is_refused_with_the_rows_that_it_lost(client: Store, served: Served) -> None:
@@ -376,18 +380,19 @@ def test_a_store_that_is_not_there_is_named(served: Served) -> None:
 
 
 def test_a_call_that_has_waited_longer_than_its_patience_still_waits_for_the_next_server(served: Served) -> None:
-    control, tries = served.connect(patience=0.2)._control, 0
-    assert isinstance(control, RemoteControl)
+    clock, tries = ManualClock(), 0
+    control = RemoteControl(served.server.location, token=TOKEN, patience=5.0, clock=clock, sleep=clock.advance)
 
     def call(_: fl.FlightClient) -> str:
         nonlocal tries
         tries += 1
         if tries == 1:
-            threading.Event().wait(0.3)  # parked, until the server dies
+            clock.advance(60.0)  # parked, until the server dies
             raise fl.FlightUnavailableError("killed")
         return "answered"
 
     assert control._try(call) == "answered"
+    control.close()
 
 
 def test_closing_the_store_tells_those_who_wait(served: Served) -> None:

@@ -23,22 +23,25 @@ import pytest
 
 from asyncflow.errors import LeaseLost, StoreError
 from asyncflow.store import wire
-from asyncflow.store.flight import MAX_PLACES, MAX_PUTS, MAX_REQUEST, MAX_WAITING
+from asyncflow.store.flight import MAX_PLACES, MAX_PUTS, MAX_REQUEST, MAX_WAITING, StoreServer
 from asyncflow.store.journal import LedgerReader
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.remote import connect
-from asyncflow.store.store import Store
+from asyncflow.store.store import EmbeddedStore, Store
+from asyncflow.types import PolicyVersion
 from tests.processes import wait_until
-from tests.raw_flight import RawFlight, field, flight_data, messages, path_descriptor
+from tests.raw_flight import SERVICE, RawFlight, field, flight_data, messages, path_descriptor
 from tests.served_store import ARROW_MEMORY, TOKEN, ServedStore
 from tests.store_server import StoreProcess
 from tests.test_flight import options, pa_join, take
-from tests.test_store import SCHEMA, ids, prompts, responses, rewards
+from tests.test_store import SCHEMA, ids, prompts, responses, rewards, terms
 
 MIB = 1 << 20
 FRAME, PUT = path_descriptor(b"frame"), path_descriptor(b"put")
 SENT, EACH = 400, 60
 """Cases of a fuzz that is run with every change, and of each call."""
+NO_ANSWER = (fl.FlightInternalError, fl.FlightTimedOutError, fl.FlightUnavailableError, fl.FlightCancelledError)
+"""What no client is told that a server has understood and refuses."""
 
 
 class Target(ServedStore):
@@ -74,7 +77,7 @@ class Target(ServedStore):
         before = self.ledger_end()
         try:
             (answer, *_) = self.arrow.do_action(fl.Action(name, body), options())
-        except fl.FlightInternalError as error:
+        except NO_ANSWER as error:
             raise AssertionError(f"the server failed at {name} with {body[:300]!r}: {error}") from None
         except pa.ArrowException:
             assert self.ledger_end() == before
@@ -88,14 +91,15 @@ class Target(ServedStore):
             return None
         except grpc.RpcError as error:
             code, details = error.code(), str(error.details())
-        assert code != grpc.StatusCode.INTERNAL, details
+        assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.DEADLINE_EXCEEDED), details
+        assert code != grpc.StatusCode.UNAVAILABLE or "there is no room" in details, details
         return details
 
     def get(self, ticket: bytes) -> str | None:
         """Why a DoGet is refused; None when it is answered."""
         try:
             self.arrow.do_get(fl.Ticket(ticket), options()).read_all()
-        except fl.FlightInternalError as error:
+        except NO_ANSWER as error:
             raise AssertionError(f"the server failed at a ticket {ticket[:300]!r}: {error}") from None
         except pa.ArrowException as error:
             return str(error)
@@ -164,7 +168,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "waited_for": {},
     "awaited": {"topic": "train"},
     "counts": {},
+    "stat": {},
 }
+assert set(GOOD) == set(wire.CALLS)
 SAMPLES = {"columns": 504, "frame": 1 << 40, "tokens": [1, 1], "oldest": [0, 0], "newest": [0, 0]}
 PUT_ID = {"producer": "p", "epoch": 0, "sequence": 1}
 EXTENSION = msgspec.msgpack.Ext
@@ -467,9 +473,11 @@ def test_damaged_streams_neither_crash_the_server_nor_reach_the_table(target: Ta
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_many_damaged_streams_neither_crash_the_server_nor_reach_the_table(target: Target) -> None:
-    damage(target, 50_000, seed=2)
+    seen = damage(target, 50_000, seed=2)
 
     assert target.process.poll() is None
+    assert seen.total() == 50_000
+    assert seen["refused"] > 50_000 // 3, seen
 
 
 def of_type(kind: pa.DataType) -> pa.RecordBatch:
@@ -644,6 +652,87 @@ def test_calls_that_wait_are_bounded_and_keep_nobody_else_from_an_answer(fresh: 
     assert [len(list(one)) for one in waiting[:2]] == [1, 1]
     # Those who have left are found out when there is something for them.
     wait_until(lambda: "too many" not in refused_for(fresh.raw, waiting_lease(timeout=0.1)))
+
+
+class Limited:
+    """A store in this process whose server takes few puts at a time."""
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        self.store = EmbeddedStore.create(SCHEMA, terms(), ledger=folder / "ledger.sqlite", data=folder / "data")
+        self.store.serve("engine", PolicyVersion(n=0))
+        self.server = StoreServer(self.store, token=TOKEN, **limits)
+        self.raw = RawFlight(self.server.location, TOKEN)
+        self.ends: list[threading.Event] = []
+
+    def begin(self, *messages: bytes) -> threading.Event:
+        """A put of these messages that ends when the event is set."""
+        end = threading.Event()
+        self.ends.append(end)
+
+        def sent() -> Iterator[bytes]:
+            yield from messages
+            end.wait()
+
+        self.raw.channel.stream_stream(f"{SERVICE}/DoPut")(sent(), metadata=self.raw.metadata)
+        return end
+
+    def refusal(self) -> str:
+        """Why a put is refused; nothing when it is taken."""
+        try:
+            self.raw.put(stream(prompts(1)))
+        except grpc.RpcError as error:
+            return str(error.details())
+        return ""
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.set()
+        self.raw.close()
+        self.server.close()
+
+
+@pytest.fixture
+def limited(tmp_path: Path) -> Iterator[Callable[..., Limited]]:
+    made: list[Limited] = []
+
+    def make(**limits: Any) -> Limited:
+        made.append(Limited(tmp_path, **limits))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_so_many_puts_and_no_more_are_under_way(limited: Callable[..., Limited]) -> None:
+    store = limited(most_puts=3)
+    ends = [store.begin(*stream(prompts(1))) for _ in range(3)]
+    words = "too many puts are under way: 3 are allowed at the same time; end one first"
+
+    wait_until(lambda: words in store.refusal())
+    far = connect(store.server.location, token=TOKEN, patience=30.0, local=False)
+    assert far.counts().admitted == 0  # what is no put is answered
+    ends[0].set()
+
+    wait_until(lambda: not store.refusal())
+    assert far.admit(prompts(1), timeout=0.0) == (0,)
+    far.close()
+
+
+def test_the_puts_under_way_have_so_many_bytes_together(limited: Callable[..., Limited]) -> None:
+    large = prompts(1).set_column(0, "prompt", pa.array(["x" * MIB]))
+    store = limited(most_together=3 * MIB)
+    ends = [store.begin(*stream(large)) for _ in range(2)]
+    received = store.server._received
+    wait_until(lambda: received._bytes > 2 * MIB)
+
+    with pytest.raises(grpc.RpcError, match=rf"have 2\d* bytes and {3 * MIB} are allowed: try again when some have"):
+        store.raw.put(stream(large))
+    store.raw.put(stream(prompts(1)))  # for which there is room
+    ends[0].set()
+
+    wait_until(lambda: received._bytes < 2 * MIB)
+    store.raw.put(stream(large))
 
 
 @pytest.mark.long

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -111,7 +109,7 @@ def test_an_error_is_the_same_in_another_process_and_one_that_is_not_ours_keeps_
 class Bench:
     """A rollout side in a process of its own, and the store that it works for."""
 
-    def __init__(self, folder: Path, engine: str = "InOwnProcess", **options: Any) -> None:
+    def __init__(self, folder: Path, engine: str = "InOwnProcess", *, patience: float = 30.0, **options: Any) -> None:
         settings = [
             f"rollout.engine=tests.own_process:{engine}",
             f"rollout.options={options}",
@@ -137,6 +135,7 @@ class Bench:
             token=TOKEN,
             timeline=self.timeline,
             canary=np.array([1, 2, 3], np.int32),
+            patience=patience,
         )
         self.side = self.process.side
 
@@ -325,27 +324,28 @@ import sys, threading
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from asyncflow.types import PolicyVersion
+from tests.processes import wait_until
 from tests.test_rollout_process import Bench
 from tests.test_store import prompts
 
-made = Bench(Path({str(tmp_path)!r}), token_latency=1000.0)
+made = Bench(Path({str(tmp_path)!r}), patience=6000.0, token_latency=1000.0)
 made.side.host.start()
 made.store.serve("rollout-0", PolicyVersion(n=0))
 made.store.admit(prompts(1), timeout=0.0)
 threading.Thread(target=made.side.worker.run, args=(threading.Event(),), daemon=True).start()
-while len(made.side.rollouts.under_way()) < 4:
-    pass
+wait_until(lambda: len(made.side.rollouts.under_way()) == 4)
 print(made.child().pid, flush=True)
 threading.Event().wait()
 """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert parent.stdout is not None
-    process = psutil.Process(int(parent.stdout.readline()))
+    try:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))  # it ends by itself when there is no child in time
+    finally:
+        parent.kill()
+        parent.communicate(timeout=DEADLINE)
 
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.communicate(timeout=DEADLINE)
-
-    process.wait(timeout=30.0)  # less than a client of the store waits for one that is away
+    child.wait(timeout=DEADLINE)  # far less than a client of this store waits for one that is away
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
@@ -405,8 +405,8 @@ def test_a_completion_that_hangs_is_given_back_and_the_run_goes_on(run_tiny: Run
     run = run_tiny("rollout.engine=tests.own_process:HangsOnce", "rollout.timeout=2", "steps=3")
 
     assert run.summary.outcome == "finished", run.summary.reason
-    (alarm,) = read_metrics(run.run_dir / "metrics.jsonl", "alarm")
-    assert (alarm["alarm"], alarm["sample"], alarm["attempt"]) == ("rollout_timeout", 5, 1)
+    alarms = read_metrics(run.run_dir / "metrics.jsonl", "alarm")  # on a busy machine others may be late as well
+    assert ("rollout_timeout", 5, 1) in [(alarm["alarm"], alarm["sample"], alarm["attempt"]) for alarm in alarms]
     result = audit(run.run_dir)
     assert (result.ok, result.quarantined, result.open) == (True, 0, 0)
 
@@ -474,7 +474,7 @@ def test_when_the_run_is_killed_the_child_ends_and_the_run_can_go_on(tmp_path: P
 
     process.kill()
     process.communicate(timeout=DEADLINE)
-    child.wait(timeout=30.0)
+    child.wait(timeout=DEADLINE)
     run = resume(run_dir)
 
     account = audit(run_dir)

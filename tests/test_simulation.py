@@ -16,7 +16,7 @@ from tests.simulation.run import Outcome, live, live_all
 from tests.test_table_model import Broken
 
 CALLS = ("ack", "admit", "allocate", "amend", "checkpointed", "columns_of", "commit", "counts", "drop", "gone", "held",
-         "lease", "nack", "places", "prioritise", "renew", "room", "serve")  # fmt: skip
+         "lease", "nack", "places", "prioritise", "renew", "restore", "room", "serve")  # fmt: skip
 ACTORS = ("Engine", "Learner", "Operator", "Producer", "Worker")
 POINTS = ("before append", "after append", "before sync", "after sync", "removal", "sync of segments")
 FAULTS: dict[str, tuple[str, ...]] = {

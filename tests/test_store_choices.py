@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from asyncflow.clock import Clock, ManualClock, SystemClock
 from asyncflow.errors import Closed, LeaseLost, StalenessViolation
 from asyncflow.store.client import Lease
 from asyncflow.store.events import Opened
 from asyncflow.store.schema import Schema, Stage
 from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import PolicyVersion
+from tests.processes import wait_until
 
 COLUMNS = {
     "question": pa.string(),
@@ -41,7 +44,8 @@ MOMENT = 0.05
 
 
 class Bench:
-    def __init__(self, folder: Path, **terms: Any) -> None:
+    def __init__(self, folder: Path, *, clock: Clock | None = None, **terms: Any) -> None:
+        self.clock = ManualClock()
         values: dict[str, Any] = {
             "train_batch_size": 4,
             "num_generations": 2,
@@ -51,7 +55,11 @@ class Bench:
             "max_attempts": 3,
         }
         self.store = EmbeddedStore.create(
-            SCHEMA, Opened(**values | terms), ledger=folder / "ledger.sqlite", data=folder / "data"
+            SCHEMA,
+            Opened(**values | terms),
+            ledger=folder / "ledger.sqlite",
+            data=folder / "data",
+            clock=clock or self.clock,
         )
         self.store.serve("engine", PolicyVersion(n=0))
 
@@ -65,6 +73,14 @@ class Bench:
         lease = self.store.lease(stage, **limits | options)
         assert lease is not None
         return lease
+
+    def later(self, stage: str, **options: Any) -> tuple[threading.Thread, list[list[int]]]:
+        """Somebody who waits for a lease; he is in line when this returns."""
+        found: list[list[int]] = []
+        thread = threading.Thread(target=lambda: found.append(self.take(stage, **options).sample_ids.tolist()))
+        thread.start()
+        wait_until(lambda: self.store.broker.waiting() == 1)
+        return thread, found
 
     def make(self, lease: Lease, samples: Sequence[int], versions: Sequence[int] = (0, 0, 0)) -> None:
         packed = [[PolicyVersion(n=n).packed for n in versions]] * len(samples)
@@ -100,7 +116,40 @@ def test_a_store_has_columns_of_its_own_and_stages_that_write_nothing(bench: Ben
     assert bench.take("look").sample_ids.tolist() == [2]
 
 
-def test_a_lease_waits_for_min_rows_and_then_gives_what_there_is(bench: Bench) -> None:
+def test_a_lease_waits_for_min_rows(bench: Bench) -> None:
+    bench.admit(2)
+    made = bench.take("make")
+    thread, found = bench.later("grade", min_rows=3, timeout=SOON)
+
+    for sample in (0, 1):
+        bench.make(made, [sample])
+        assert bench.store.broker.waiting() == 1
+        assert bench.store.counts().leased == {"make": 3 - sample}
+    bench.make(made, [2])
+
+    thread.join(SOON)
+    assert found == [[0, 1, 2]]
+
+
+def test_rows_of_a_lease_that_runs_out_are_among_those_that_are_waited_for(bench: Bench) -> None:
+    bench.admit(2)
+    made = bench.take("make")
+    bench.make(made, [0, 1])
+    bench.take("grade", ttl=60.0)
+    bench.make(made, [2])
+    thread, found = bench.later("grade", min_rows=3, timeout=SOON)
+
+    bench.clock.advance(59.0)
+    bench.store.stat()  # whoever calls sees to the leases
+    assert bench.store.broker.waiting() == 1
+    bench.clock.advance(1.0)
+    bench.store.stat()
+
+    thread.join(SOON)
+    assert found == [[0, 1, 2]]
+
+
+def test_who_has_waited_for_min_rows_gets_what_there_is(bench: Bench) -> None:
     bench.admit(2)
     bench.make(bench.take("make"), [0])
 
@@ -142,7 +191,7 @@ def test_all_processes_of_a_learner_get_the_same_lease_and_each_its_share(bench:
 
 
 def test_a_straggler_is_given_up_while_the_learner_waits(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, group_timeout=MOMENT, train_batch_size=2)
+    bench = Bench(tmp_path, clock=SystemClock(), group_timeout=MOMENT, train_batch_size=2)
     bench.admit(1)
     bench.make(bench.take("make"), [1])
     bench.grade()

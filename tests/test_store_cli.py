@@ -145,10 +145,24 @@ def test_stat_of_a_store_that_nobody_serves_is_what_its_ledger_says(served: Serv
     dead = plain("stat", served.home)
 
     assert (live["served"], dead["served"]) == (True, False)
+    assert (live["durability"], dead["durability"]) == ("process", None)
     for lease in live["leases"]:
         lease["seconds"] = None
-    assert {**dead, "bytes": 0, "served": 0} == {**live, "bytes": 0, "served": 0}
+    differs = {"bytes": 0, "served": 0, "durability": 0}
+    assert {**dead, **differs} == {**live, **differs}
     assert "nobody serves it" in say("stat", served.home)
+
+
+@pytest.mark.parametrize("durability", ["memory", "process", "power"])
+def test_stat_and_top_say_what_an_acknowledged_put_survives(tmp_path: Path, durability: str) -> None:
+    server = StoreProcess(tmp_path / "store", "--durability", durability)
+    try:
+        assert plain("stat", server.home)["durability"] == durability
+        assert plain("top", server.home, "--every", "0.1")["durability"] == durability
+        for words in (["stat", server.home], ["top", server.home, "--every", "0.1"]):
+            assert f"segments, durability {durability}\n" in say(*words)
+    finally:
+        server.close()
 
 
 def test_top_tells_rates_and_ends_where_there_is_no_terminal(filled: Served) -> None:

@@ -130,7 +130,7 @@ print(type(store._data).__name__, store.admit(prompts(1), timeout=0.0))
 
 
 def test_a_client_that_may_only_read_the_folder_sends_its_data(tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # that of the test is its owner's alone
+    folder = Path(tempfile.mkdtemp(dir=tempfile.gettempdir()))  # that of the test is its owner's alone
     try:
         folder.chmod(0o755)
         served = Served(folder)

@@ -53,6 +53,7 @@ class Look:
         return {
             "store": self.where,
             "served": self.served,
+            "durability": stat.durability,
             "admitted": counts.admitted,
             "trained": counts.trained,
             "dropped": dict(counts.dropped),
@@ -103,7 +104,8 @@ def stat_lines(look: Look) -> Iterator[str]:
     )
     yield f"open        {_listed({state: n for state, n in counts.states.items() if n}, 'none')}"
     yield f"dropped     {_listed(counts.dropped, 'none')}"
-    yield f"data        {counts.bytes / 1e6:,.1f} MB in {stat.segments} segments"
+    survives = "" if stat.durability is None else f", durability {stat.durability}"
+    yield f"data        {counts.bytes / 1e6:,.1f} MB in {stat.segments} segments{survives}"
     for stage, ready in counts.ready.items():
         yield f"stage       {stage}: {ready:,} ready, {counts.leased.get(stage, 0):,} taken"
     for lease in stat.leases[:MOST_LEASES]:

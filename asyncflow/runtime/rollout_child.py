@@ -32,6 +32,7 @@ from asyncflow.runtime.rollout_process import (
     Broken,
     Cancel,
     Done,
+    Drain,
     Ended,
     EndTurn,
     Entered,
@@ -179,6 +180,8 @@ class Child:
             case Go():
                 going = self._supervisor.going
                 (going.set if message.on else going.clear)()
+            case Drain():
+                self._rollouts.drained = message.on
             case GiveUp():
                 self._in_thread(self._rollouts.give_up, message.request_id, message.reason)
             case Reopened():
@@ -238,7 +241,7 @@ class Child:
             os.sched_setaffinity(0, config.rollout.cores)
         engine = rollout_class(config.rollout.engine).from_config(config, model)
         self._offers = ToldOffers(config.attestation.samples > 0, self._link.send)
-        store = self._store = connect(request.store, token=request.token)
+        store = self._store = connect(request.store, token=request.token, patience=request.patience)
         self._heartbeat = Heartbeat(store)
         around = Surroundings(
             config=config,

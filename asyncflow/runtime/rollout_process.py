@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -35,6 +36,7 @@ from asyncflow.errors import EngineError
 from asyncflow.runtime.link import Failure, Link, Message
 from asyncflow.runtime.timeline import TraceTimeline
 from asyncflow.store.client import StoreClient
+from asyncflow.store.remote import PATIENCE as STORE_PATIENCE
 from asyncflow.types import Activity, Completion, Int32s, PolicyVersion, UpdateMode
 from asyncflow.workers.attestation import FreshSamples
 from asyncflow.workers.base import PATIENCE, Worker
@@ -65,6 +67,8 @@ class Start(Message, frozen=True, kw_only=True):
     """Its Flight location …"""
     token: str
     """… and what it asks for."""
+    patience: float
+    """Seconds for which a call waits for it when it cannot be reached."""
     canary: Int32s | None
 
 
@@ -154,6 +158,12 @@ class Go(Message, frozen=True, kw_only=True):
     on: bool
 
 
+class Drain(Message, frozen=True, kw_only=True):
+    """Start nothing new, or go on with it."""
+
+    on: bool
+
+
 class GiveUp(Message, frozen=True, kw_only=True):
     request_id: str
     reason: str
@@ -227,7 +237,7 @@ class Added(Message, frozen=True, kw_only=True):
     seconds: float
 
 
-ToChild = Ask | Work | Go | GiveUp | Reopened | Cancel
+ToChild = Ask | Work | Go | Drain | GiveUp | Reopened | Cancel
 TimelineEvent = Entered | Left | Began | Ended | Recorded | Added
 ToParent = Answer | Broken | Offered | TimelineEvent
 
@@ -248,8 +258,10 @@ class RolloutProcess:
         token: str,
         timeline: TraceTimeline,
         canary: Int32s | None,
+        patience: float = STORE_PATIENCE,
     ) -> None:
-        """Start nothing. `location` and `token`: where the child reaches the same store."""
+        """Start nothing. `location` and `token`: where the child reaches the same store; `patience`: seconds for which
+        each of its calls waits for it."""
         self.process: subprocess.Popen[bytes] | None = None
         self.suspended = False
         """As the child said last."""
@@ -257,8 +269,15 @@ class RolloutProcess:
         """Something has happened to the child, or to the run."""
         self.failure: Exception | None = None
         """Why the child's workers cannot go on."""
+        self.heard: float | None = None
+        """When the child said something last, on the machine's monotonic clock."""
         self._start = Start(
-            config=config.model_dump_json(), model=str(model), store=location, token=token, canary=canary
+            config=config.model_dump_json(),
+            model=str(model),
+            store=location,
+            token=token,
+            patience=patience,
+            canary=canary,
         )
         self._timeline = timeline
         self._link: Link | None = None
@@ -351,6 +370,7 @@ class RolloutProcess:
         end = "the process of the rollout engine has ended: its log above says why"
         try:
             for message in link.receive():
+                self.heard = time.monotonic()
                 self._hear(message)
         except Exception as error:
             logger.debug("what the rollout process says", exc_info=error)
@@ -441,6 +461,8 @@ class RemoteHost:
         made: Future[Completion] = Future()
 
         def done(answer: Future[Generated]) -> None:
+            if not made.set_running_or_notify_cancel():
+                return  # nobody wants it any more
             if (error := answer.exception()) is not None:
                 made.set_exception(error)
             else:
@@ -504,8 +526,12 @@ class RemoteRollouts(Worker):
     def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
         """See `Worker`."""
         self._process.tell(Work())
-        on = True
+        on, drained = True, False
         while not stopping.is_set():
+            self.beat = self._process.heard
+            if self.drained is not drained:
+                drained = self.drained
+                self._process.tell(Drain(on=drained))
             if going is not None and going.is_set() is not on:
                 on = going.is_set()
                 self._process.tell(Go(on=on))

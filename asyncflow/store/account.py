@@ -40,10 +40,14 @@ class Account:
                 f"{shelf.name(missing[0])} is missing, so the run cannot go on with its samples: restore the file, or "
                 "start a new run from the last checkpoint's weights"
             )
+        ends: dict[int, int] = {}
         for frame, rows in (frames or {}).items():
             use = self._uses[segment_of(frame)]
             use.needed += rows
             use.ever += rows
+            ends[segment_of(frame)] = max(frame, ends.get(segment_of(frame), 0))
+        for number, frame in ends.items():  # a segment that is not full has room that nobody has used
+            self._uses[number].size = min(sizes[number], shelf.end_of(frame))
         self._last = max([*sizes, segment_of(after)])
         self._unneeded = sizes.keys() - needed
         self._unsynced = set(needed)  # nobody knows what an earlier process has synced
@@ -112,6 +116,13 @@ class Account:
         for number in unneeded:
             del self._uses[number]
         return unneeded
+
+    def still_there(self, numbers: Iterable[int]) -> None:
+        """What `unneeded` has named could not be removed: it is to be named again."""
+        for number in numbers:
+            self._uses[number] = _Use()
+            self._unneeded.add(number)
+            self.has_garbage = True
 
     def remove(self, numbers: Iterable[int]) -> None:
         """Remove segments that `unneeded` has named. Needs no lock."""

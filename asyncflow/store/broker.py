@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -69,7 +68,7 @@ class _Parked(Generic[T]):
     wants: int = 1
     """How much he needs at least: who needs as much as somebody who could not be served cannot be served either."""
     again: Callable[[], bool] = _never
-    """Whether somebody else was given what he asks for, under the same name."""
+    """Whether it was given already, under the same name: then it is not what those before him wait for."""
     done: threading.Event = field(default_factory=threading.Event)
     result: T | None = None
     error: BaseException | None = None
@@ -99,7 +98,7 @@ class Broker:
         self._shelf = shelf
         self.durability = durability
         self._snapshots = snapshots
-        self._clock = clock or SystemClock()
+        self.clock = clock or SystemClock()
         self._lock = threading.RLock()
         self._parked: dict[str, list[_Parked[Any]]] = {topic: [] for topic in (ADMISSION, *table.schema.stages)}
         self._wanted = 1, 0
@@ -121,11 +120,14 @@ class Broker:
         with self._operation():
             return self._account.allocate()
 
-    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
+    def room(self, groups: int, *, size: int = 0, put: PutId | None = None, timeout: float) -> bool:
         self._check_fits(size)
-        return bool(
-            self._wait(ADMISSION, _Parked(lambda _now, _last: self._has_room(groups, size=size) or None), timeout)
-        )
+        again = self._has_happened(put)
+
+        def attempt(_now: float, _last: bool) -> bool | None:
+            return again() or self._has_room(groups, size=size) or None
+
+        return bool(self._wait(ADMISSION, _Parked(attempt, again=again), timeout))
 
     def admit(
         self,
@@ -154,7 +156,10 @@ class Broker:
             self._perform(events, size=size)
             return first
 
-        return self._wait(ADMISSION, _Parked(attempt, alive), timeout)
+        return self._wait(ADMISSION, _Parked(attempt, alive, again=self._has_happened(put)), timeout)
+
+    def _has_happened(self, put: PutId | None) -> Callable[[], bool]:
+        return _never if put is None else lambda: self.table.admitted_by(put) is not None
 
     def lease(
         self,
@@ -193,7 +198,9 @@ class Broker:
         def again() -> bool:
             return (stage, request) in self.table.requests
 
-        return self._wait(stage, _Parked(attempt, alive, wants=min_rows, again=again), timeout)
+        # A long row may be all that max_tokens leaves room for.
+        wants = min(min_rows, max_rows) if max_tokens is None else 1
+        return self._wait(stage, _Parked(attempt, alive, wants=wants, again=again), timeout)
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         with self._operation() as now:
@@ -280,10 +287,13 @@ class Broker:
     def awaited(self, topic: str) -> str:
         self._check_topic(topic)
         with self._operation():
-            groups, size = self._wanted
-            waits = self.table.awaited(topic, groups)
-            # Where nothing else keeps admission from going on, a stage that waits for it waits for what it waits for.
-            return BYTES if (waits == FEEDER or topic == ADMISSION) and self._too_many_bytes(size) else waits
+            return self._awaited(topic)
+
+    def _awaited(self, topic: str) -> str:
+        groups, size = self._wanted
+        waits = self.table.awaited(topic, groups)
+        # Where nothing else keeps admission from going on, a stage that waits for it waits for what it waits for.
+        return BYTES if (waits == FEEDER or topic == ADMISSION) and self._too_many_bytes(size) else waits
 
     def counts(self) -> Counts:
         with self._lock:
@@ -298,7 +308,8 @@ class Broker:
                 leases=leases_of(self.table, now),
                 segments=self._account.segments,
                 waiting=waiting,
-                awaited={topic: self.awaited(topic) for topic in waiting},
+                awaited={topic: self._awaited(topic) for topic in waiting},
+                durability=self.durability,
             )
 
     def waited_for(self) -> tuple[Waited, ...]:
@@ -352,15 +363,26 @@ class Broker:
         a power cut would need them again. Raises LedgerError."""
         with self._lock:
             unneeded = self._account.unneeded()
-        if unneeded:
-            self._journal.sync()
-            self._account.remove(unneeded)
+        left = list(unneeded)
+        try:
+            if unneeded:
+                self._journal.sync()
+            while left:
+                self._account.remove(left[:1])
+                del left[0]
+        finally:
+            if left:
+                with self._lock:
+                    self._account.still_there(left)
 
     def close(self) -> None:
         with self._lock:
             if not self._closed:
+                try:
+                    self.reclaim()
+                except (LedgerError, OSError):
+                    logger.warning("segments that nobody needs stay until the store is opened again", exc_info=True)
                 self._close()
-                self._account.remove(self._account.unneeded())
                 self._shelf.close()
 
     def _close(self) -> None:
@@ -370,7 +392,7 @@ class Broker:
         self._journal.close()
         for waiters in self._parked.values():
             for waiter in waiters:
-                waiter.error = Closed("the store is closed")
+                waiter.error = waiter.error or Closed("the store is closed")
                 waiter.done.set()
             waiters.clear()
         self._alarm.notify_all()
@@ -383,7 +405,7 @@ class Broker:
         with self._lock:
             if self._closed:
                 raise Closed("the store is closed")
-            now = self._clock.monotonic()
+            now = self.clock.monotonic()
             self._expire(now)
             try:
                 yield now
@@ -411,21 +433,32 @@ class Broker:
         timeout: float,
     ) -> T | None:
         """What his attempt gives, as soon as it gives something; None when time is up. Those before him go first."""
-        self._park(topic, parked, timeout)
-        if timeout > 0:
-            parked.done.wait(timeout)
+        try:
+            self._park(topic, parked, timeout)
+            if timeout > 0:
+                parked.done.wait(timeout)
+        except BaseException:  # Ctrl-C: what nobody waits for any more is given to nobody
+            with self._lock, suppress(ValueError):
+                self._parked[topic].remove(parked)
+            raise
         return self._collect(topic, parked)
 
     def _park(self, topic: str, parked: _Parked[Any], timeout: float) -> None:
         """Try, and get into line if it is not possible yet. Waits for nobody."""
         with self._operation() as now:
-            if not self._parked[topic] and (result := parked.attempt(now, timeout <= 0)) is not None:
+            if self._may_go_first(topic, parked) and (result := parked.attempt(now, timeout <= 0)) is not None:
                 parked.result, parked.at_once = result, True
                 parked.done.set()
                 return
             self._parked[topic].append(parked)
             if timeout > 0:
                 self._see_to_it()
+
+    def _may_go_first(self, topic: str, parked: _Parked[Any]) -> bool:
+        """Whether he takes nothing from those in line before him. In a stage's line nobody could use what there is, or
+        he would have it."""
+        line = self._parked[topic]
+        return topic != ADMISSION or not line or line[0] is parked or parked.again()
 
     def _collect(self, topic: str, parked: _Parked[T]) -> T | None:
         """What somebody has got by now, who waits no longer."""
@@ -446,7 +479,7 @@ class Broker:
             self._serve(now)
             if parked.done.is_set():
                 return
-            first = self._parked[topic][0] is parked
+            first = self._may_go_first(topic, parked)
             self._parked[topic].remove(parked)
             # He may have kept those behind him from something that they can use.
             self._possible[topic] = None
@@ -471,18 +504,18 @@ class Broker:
                 except Exception as error:  # it is his, and not that of whose operation this is
                     parked.error = error
                 if parked.result is None and parked.error is None:
-                    if topic == ADMISSION:
-                        break  # or small puts would overtake a large one for ever
-                    stuck = min(stuck, parked.wants)
+                    # Puts do not overtake each other, or small ones would keep a large one from its place for ever.
+                    stuck = 0 if topic == ADMISSION else min(stuck, parked.wants)
                     continue
-                self._parked[topic].remove(parked)
+                if parked in self._parked[topic]:  # unless the store has closed on this
+                    self._parked[topic].remove(parked)
                 parked.done.set()
 
     def _perform(self, events: Sequence[Event], *, size: int = 0) -> None:
         """Journal decisions, then apply them. All of one operation or nothing. `size`: bytes that they bring."""
         if not events:
             return
-        self._journal.append(events, self._clock.wall())
+        self._journal.append(events, self.clock.wall())
         try:
             self._apply(events, size)
         except BaseException:
@@ -569,7 +602,7 @@ class Broker:
     def _keep_house(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and (wait := self._next_chore() - self._clock.monotonic()) > 0:
+                while not self._closed and (wait := self._next_chore() - self.clock.monotonic()) > 0:
                     self._asleep_until = self._next_chore()
                     self._alarm.wait(None if wait == math.inf else wait)
                 self._asleep_until = -math.inf
@@ -579,9 +612,12 @@ class Broker:
                 self._do_chores()
             except Closed:
                 return
-            except LedgerError:
-                logger.exception("the store's housekeeping has to wait")
-                time.sleep(RETRY)
+            except Exception:  # the disk's, or too many open files: without its housekeeper the store would fill up
+                with self._lock:
+                    if self._closed:
+                        return
+                    logger.exception("the store's housekeeping has to wait")
+                    self._alarm.wait_for(lambda: self._closed, RETRY)
 
     def _do_chores(self) -> None:
         """What is due. Raises Closed, LedgerError."""

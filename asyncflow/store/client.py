@@ -167,6 +167,8 @@ class Stat:
     """Stage, or `admission` → calls that wait, where there are some."""
     awaited: Mapping[str, str]
     """… → what they wait for (`Management.awaited`)."""
+    durability: str | None = None
+    """What an acknowledged put survives (`Durability`); None: not known, since nobody serves the store."""
 
 
 class Management(Protocol):
@@ -266,9 +268,9 @@ class Control(Management, Protocol):
     def allocate(self) -> int:
         """The number of a new segment for the caller to write."""
 
-    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
-        """Wait until so many groups, of so many bytes, could be admitted. Raises StoreError for more than there could
-        ever be room for."""
+    def room(self, groups: int, *, size: int = 0, put: PutId | None = None, timeout: float) -> bool:
+        """Wait until so many groups, of so many bytes, could be admitted, or until they are: `put` may have happened.
+        Raises StoreError for more than there could ever be room for."""
 
     def admit(
         self,

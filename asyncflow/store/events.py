@@ -145,7 +145,7 @@ class Leased(Event, frozen=True, kw_only=True):
 
 
 class Renewed(Event, frozen=True, kw_only=True):
-    """A lease lives longer. Not journaled: after a restart all leases are gone."""
+    """A lease lives longer. Not journaled: after a restart every lease has new time (`Restarted`)."""
 
     kind = "renewed"
     journaled = False

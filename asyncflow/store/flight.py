@@ -21,12 +21,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
 from asyncflow.errors import AsyncFlowError, Closed, LeaseLost, StoreError, UserError
 from asyncflow.store import wire
+from asyncflow.store.columns import one_of_each
 from asyncflow.store.frames import check_schema
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
@@ -48,6 +48,8 @@ MAX_PUT_TOGETHER = 1 << 30
 """Bytes of all puts under way."""
 MAX_WAITING = 1024
 """Calls that may wait at the same time; each has a thread."""
+SHUTDOWN = 5.0
+"""Seconds that calls have to end when the server stops."""
 UNNAMED_FOR = 600.0
 """Seconds after which a frame that nobody has named is given up."""
 
@@ -81,9 +83,11 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         host: str = "127.0.0.1",
         port: int = 0,
         tls: tuple[bytes, bytes] | None = None,
+        most_puts: int = MAX_PUTS,
+        most_together: int = MAX_PUT_TOGETHER,
     ) -> None:
-        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. Raises OSError for an address that
-        cannot be had."""
+        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. `most_puts` may be under way at the
+        same time, and have `most_together` bytes. Raises OSError for an address that cannot be had."""
         scheme = "grpc" if tls is None else "grpc+tls"
         super().__init__(
             f"{scheme}://{host}:{port}",
@@ -95,13 +99,19 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         self._unnamed = _Unnamed(store)
         self._calls = _calls(store, self._unnamed)
         self._waiting = _Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
-        self._puts = _Places(MAX_PUTS, "too many puts are under way", "end one first")
-        self._received = _Received()
+        self._puts = _Places(most_puts, "too many puts are under way", "end one first")
+        self._received = _Received(most_together)
+        self._ending = threading.Thread(target=self.shutdown, name="store-shutdown", daemon=True)
 
     def close(self) -> None:
-        """Close the store, which ends the calls that wait, and stop."""
+        """Close the store, which ends the calls that wait, and stop. Who sends something for ever is not waited for."""
         self._store.close()
-        self.shutdown()
+        # Flight has no deadline for this. The thread keeps the server, whose end would wait as well.
+        if self._ending.ident is None:
+            self._ending.start()
+        self._ending.join(SHUTDOWN)
+        if self._ending.is_alive():
+            logger.warning("a client has not ended its call: the store has closed without it")
 
     # -- control -------------------------------------------------------------------------------------------------------
 
@@ -147,8 +157,9 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         reader: fl.MetadataRecordBatchReader,
         writer: fl.FlightMetadataWriter,
     ) -> None:
-        with _refusals(), self._puts.one(), self._received.put() as received:
-            batch = received.batch(reader, self._store.schema)
+        with _refusals(), self._received.put() as received:
+            with self._puts.one():  # not while it waits for room: those who make some put as well
+                batch = received.batch(reader, self._store.schema)
             if descriptor.path == [b"frame"]:
                 frame = self._store.append(batch)
                 self._unnamed.add(frame)
@@ -169,7 +180,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         samples = batch.select([name for name in names if name not in schema.prompt_columns])
         size = self._store.group_size
         if samples.num_columns and size > 1:
-            prompts = _one_of_each(prompts, size)
+            prompts = one_of_each(prompts, size)
         groups = self._store.admit(
             prompts,
             samples if samples.num_columns else None,
@@ -253,10 +264,14 @@ def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
     def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
         values = _values(request)
         frames = (request.frame, *(() if request.samples is None else (request.samples.frame,)))
+        settled = True
         try:
-            return broker.admit(**values, alive=lambda: not context.is_cancelled())
+            first = broker.admit(**values, alive=lambda: not context.is_cancelled())
+            settled = first is not None  # or it is asked for again, with the same frames
         finally:
-            unnamed.named(*frames)
+            if settled:
+                unnamed.named(*frames)
+        return first
 
     def lease(request: wire.LeaseRows, context: fl.ServerCallContext) -> Any:
         return broker.lease(**_values(request), alive=lambda: not context.is_cancelled())
@@ -308,9 +323,9 @@ class _Places:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Raises StoreError when there is no place."""
+        """Raises FlightUnavailableError when there is no place: later there may be."""
         if not self._places.acquire(blocking=False):
-            raise StoreError(self._refusal)
+            raise fl.FlightUnavailableError(self._refusal)
         try:
             yield
         finally:
@@ -320,8 +335,9 @@ class _Places:
 class _Received:
     """The bytes of all puts under way: who never ends his put keeps what he has sent in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self._lock = threading.Lock()
+        self._most = most
         self._bytes = 0
 
     @contextmanager
@@ -333,11 +349,11 @@ class _Received:
             self.add(-receiver.size)
 
     def add(self, size: int) -> None:
-        """Raises StoreError for more than there is room for."""
+        """Raises FlightUnavailableError for more than there is room for now."""
         with self._lock:
-            if size > 0 and self._bytes + size > MAX_PUT_TOGETHER:
-                raise StoreError(
-                    f"the puts under way have {self._bytes} bytes and {MAX_PUT_TOGETHER} are allowed: try again when "
+            if size > 0 and self._bytes + size > self._most:
+                raise fl.FlightUnavailableError(
+                    f"the puts under way have {self._bytes} bytes and {self._most} are allowed: try again when "
                     "some have ended"
                 )
             self._bytes += size
@@ -399,16 +415,6 @@ def _check_columns(put: pa.Schema, schema: Schema) -> None:
         check_schema(put)
     except ValueError as error:
         raise StoreError(f"columns do not fit: {error}") from None
-
-
-def _one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
-    """The prompt of each group of rows. Raises StoreError where they differ within a group."""
-    if len(prompts) % size:
-        raise StoreError(f"{len(prompts)} rows are not whole groups of {size} samples")
-    first = np.repeat(np.arange(0, len(prompts), size), size)
-    if not prompts.take(pa.array(first)).equals(prompts):
-        raise StoreError(f"the prompts of each {size} rows in a row are to be the same: they are one group")
-    return prompts.take(pa.array(first[::size]))
 
 
 @contextmanager

@@ -192,8 +192,9 @@ class Journal:
         finally:
             with self._turn:
                 self._leading = False
-                self._failed = failed
-                if failed is None:
+                if failed is not None:
+                    self._failed = failed
+                else:
                     self._synced = max(self._synced, reached)
                 self._turn.notify_all()
         if failed is not None:

@@ -4,7 +4,9 @@
 
 A client that sees the store's segments (it is on the same host) writes and reads them itself, and only says so over the
 wire; another one sends and fetches columns. A store that cannot be reached is waited for, up to `patience` seconds a
-call; since each call can be repeated without harm, one whose answer was lost is.
+call; a call whose answer was lost is made again. What is named happens
+once then: puts, leases, commits, acks with columns. A nack, a restore, or an ack without columns that has happened is
+refused the second time, and has happened all the same.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +41,10 @@ PATIENCE = 30.0
 """Seconds for which a call waits for a store that cannot be reached."""
 GRACE = 10.0
 """Seconds that an answer may take beyond what was asked to wait."""
+TRANSFER = 120.0
+"""Seconds that data may take."""
+SLOWEST = 1 << 20
+"""Bytes a second; a put has as long as it takes at this pace besides."""
 PAUSE = 0.05
 """Seconds between two tries."""
 MAX_WAIT = 10.0
@@ -85,6 +93,14 @@ def _sees(folder: Path, host: str) -> bool:
         return False
 
 
+@dataclass
+class _Producer:
+    """Of puts that happen one after the other."""
+
+    name: str
+    puts: int = 0
+
+
 class RemoteControl:
     """`Control` over Flight; thread-safe."""
 
@@ -106,9 +122,13 @@ class RemoteControl:
         self._headers = [(b"authorization", f"Bearer {token}".encode())]
         self._lock = threading.Lock()
         self._client = self._connect()
-        self._producer = uuid.uuid4().hex
-        self._numbers = 0
-        """Of puts and leases that this client has named."""
+        self._name = uuid.uuid4().hex
+        self._leases = 0
+        """That this client has named."""
+        self._producers: list[_Producer] = []
+        """That put nothing just now. Puts at the same time have different ones: each tells its puts one by one."""
+        self._puts = 0
+        """How many producers there are."""
         self._tries = 0
         """Calls that had to be repeated."""
         self._closed = False
@@ -122,11 +142,11 @@ class RemoteControl:
     def allocate(self) -> int:
         return int(self._call("allocate", wire.Allocate()))
 
-    def room(self, groups: int, *, size: int = 0, timeout: float) -> bool:
+    def room(self, groups: int, *, size: int = 0, put: PutId | None = None, timeout: float) -> bool:
         def ask(left: float) -> bool | None:
-            return self._call("room", wire.Room(groups=groups, size=size, timeout=left), wait=left) or None
+            return self._call("room", wire.Room(groups=groups, size=size, put=put, timeout=left), wait=left) or None
 
-        return bool(self._in_turns(ask, timeout))
+        return bool(self._in_turns(ask, timeout, wire.MAX_TIMEOUT))
 
     def admit(
         self,
@@ -140,7 +160,9 @@ class RemoteControl:
         timeout: float,
     ) -> int | None:
         if put is None:  # so that it can be asked for again when the answer is lost
-            put = PutId(producer=self._producer, sequence=self._number())
+            with self._as_producer() as name:
+                about: dict[str, Any] = {"samples": samples, "put": name, "priorities": priorities}
+                return self.admit(prompt_tokens, frame=frame, size=size, **about, timeout=timeout)
 
         def ask(left: float) -> int | None:
             request = wire.Admit(
@@ -155,7 +177,22 @@ class RemoteControl:
             first: int | None = self._call("admit", request, wait=left)
             return first
 
-        return self._in_turns(ask, timeout)
+        return self._in_turns(ask, timeout, wire.MAX_TIMEOUT)
+
+    @contextmanager
+    def _as_producer(self) -> Iterator[PutId]:
+        """The name of one put."""
+        with self._lock:
+            if not self._producers:
+                self._puts += 1
+                self._producers.append(_Producer(f"{self._name}-{self._puts}"))
+            producer = self._producers.pop()
+        producer.puts += 1
+        try:
+            yield PutId(producer=producer.name, sequence=producer.puts)
+        finally:
+            with self._lock:
+                self._producers.append(producer)
 
     def lease(
         self,
@@ -171,7 +208,7 @@ class RemoteControl:
         timeout: float,
     ) -> Grant | None:
         # So that a lease whose answer was lost, with the server perhaps, is not one that nobody knows of.
-        name = request or f"{self._producer}-{self._number()}"
+        name = request or self._new_request()
 
         def ask(left: float) -> Grant | None:
             request_ = wire.LeaseRows(
@@ -188,18 +225,19 @@ class RemoteControl:
             grant: Grant | None = self._call("lease", request_, wait=left)
             return grant
 
+        deadline = self._clock.monotonic() + timeout
         while True:
             try:
-                return self._in_turns(ask, timeout)
+                return self._in_turns(ask, max(0.0, deadline - self._clock.monotonic()))
             except LeaseLost:
                 if request is not None:
                     raise
-                name = f"{self._producer}-{self._number()}"  # it has ended before its answer came
+                name = self._new_request()  # it has ended before its answer came
 
-    def _number(self) -> int:
+    def _new_request(self) -> str:
         with self._lock:
-            self._numbers += 1
-            return self._numbers
+            self._leases += 1
+            return f"{self._name}-{self._leases}"
 
     def renew(self, lease_id: int, *, ttl: float) -> None:
         self._call("renew", wire.Renew(lease_id=lease_id, ttl=ttl))
@@ -313,7 +351,8 @@ class RemoteControl:
 
         def put(client: fl.FlightClient) -> int:
             descriptor = fl.FlightDescriptor.for_path("frame")
-            writer, reader = client.do_put(descriptor, batch.schema, self._options(GRACE))
+            within = TRANSFER + batch.nbytes / SLOWEST
+            writer, reader = client.do_put(descriptor, batch.schema, self._options(within))
             writer.write_batch(batch)
             writer.done_writing()
             answer = reader.read()
@@ -325,7 +364,7 @@ class RemoteControl:
     def get_rows(self, columns: Sequence[str], frames: np.ndarray, offsets: np.ndarray) -> pa.Table:
         """Rows of frames, from the store's own host. Raises DamagedData."""
         ticket = fl.Ticket(wire.encode(wire.Ticket(columns=list(columns), frames=frames, offsets=offsets)))
-        return self._try(lambda client: client.do_get(ticket, self._options(GRACE)).read_all())
+        return self._try(lambda client: client.do_get(ticket, self._options(TRANSFER)).read_all())
 
     # -- the wire ------------------------------------------------------------------------------------------------------
 
@@ -366,12 +405,12 @@ class RemoteControl:
             self._reconnect(client)
             self._sleep(PAUSE)
 
-    def _in_turns(self, ask: Callable[[float], T | None], timeout: float) -> T | None:
-        """Ask until there is an answer; one call waits at most `MAX_WAIT` seconds, so that one whose client has died
-        does not stay for long."""
+    def _in_turns(self, ask: Callable[[float], T | None], timeout: float, turn: float | None = None) -> T | None:
+        """Ask until there is an answer; one call waits at most a `turn` (`MAX_WAIT` seconds), so that one whose client
+        has died does not stay for long. A put has longer ones, because it begins each at the end of the line."""
         deadline = self._clock.monotonic() + timeout
         while True:
-            left = min(max(0.0, deadline - self._clock.monotonic()), MAX_WAIT)
+            left = min(max(0.0, deadline - self._clock.monotonic()), turn or MAX_WAIT)
             answer = ask(left)
             if answer is not None or self._clock.monotonic() >= deadline:
                 return answer
@@ -409,8 +448,8 @@ class RemoteFrames:
         """The server that is there now begins a segment of its own."""
 
     def read(self, columns: Mapping[str, pa.DataType], frames: np.ndarray, offsets: np.ndarray) -> list[pa.Array]:
-        rows = self._control.get_rows(list(columns), frames, offsets).combine_chunks()
-        return [rows.column(name).chunk(0) for name in columns]
+        rows = self._control.get_rows(list(columns), frames, offsets)
+        return [pa.concat_arrays(rows.column(name).chunks) for name in columns]
 
     def forget(self, segment: int) -> None:
         """Nothing is kept."""

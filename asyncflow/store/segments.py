@@ -17,6 +17,7 @@ was read from it lives: such a file is not used again.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -72,6 +73,8 @@ MANY_FRAMES: Final = 4
 LAYOUTS: Final = 256
 PARSED_FRAMES: Final = 4096
 """Frames that a reader has parsed and keeps; what they take is in the map, not in these."""
+OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR})
+"""Errors at reading that say nothing about the data."""
 MAPS: Final = 128
 """Segments that a reader has mapped at the same time; each takes a file descriptor."""
 
@@ -564,6 +567,11 @@ class SegmentReader:
                 return _parse(self._map(segment), segment, offset)
         except (OSError, ValueError, pa.ArrowException) as error:
             path = segment_path(self._folder, segment)
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OURS:
+                raise LedgerError(
+                    f"{path} cannot be read ({error}), which is no fault of its samples: see to the limits of this "
+                    "process and to its rights"
+                ) from None
             raise DamagedData(f"{path} is damaged at byte {offset}: {error}", frame=frame) from None
 
     def _map(self, segment: int) -> _Map:
@@ -665,6 +673,10 @@ class Shelf(Protocol):
         """Numbers of the segments that are there already → how many bytes each takes."""
 
     @abstractmethod
+    def end_of(self, frame: int) -> int:
+        """Bytes of its segment up to the end of a frame; what is behind it may be room that nobody has used."""
+
+    @abstractmethod
     def name(self, number: int) -> str:
         """Of a segment, in a sentence."""
 
@@ -707,6 +719,13 @@ class SegmentFolder(Shelf):
     def present(self) -> dict[int, int]:
         paths = (path for path in self.folder.glob(f"*{SUFFIX}") if path.stem.isdigit())
         return {int(path.stem): path.stat().st_blocks * 512 for path in paths}
+
+    def end_of(self, frame: int) -> int:
+        path, offset = segment_path(self.folder, segment_of(frame)), frame & ((1 << OFFSET_BITS) - 1)
+        with path.open("rb") as file:
+            file.seek(offset)
+            header = Header.unpack(file.read(HEADER_BYTES))
+        return path.stat().st_size if header is None else header.end
 
     def name(self, number: int) -> str:
         return str(segment_path(self.folder, number))
@@ -797,6 +816,9 @@ class MemoryFrames(Shelf):
 
     def present(self) -> dict[int, int]:
         return {}
+
+    def end_of(self, frame: int) -> int:  # noqa: ARG002
+        return 0
 
     def name(self, number: int) -> str:
         return f"segment {number}"

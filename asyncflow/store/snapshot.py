@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import struct
 import threading
 from collections.abc import Mapping, Sequence
@@ -227,7 +228,7 @@ class Snapshots:
                 self._journal.sync()
                 write_snapshot(self._ledger, lsn, table)
                 self.made += 1
-            except (OSError, LedgerError) as error:
+            except (OSError, sqlite3.Error, LedgerError) as error:
                 _log.warning("no snapshot of %s at event %d could be written: %s", self._ledger, lsn, error)
             finally:
                 del table

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.errors import DamagedData, LedgerError, StoreError, UnknownFrame
+from asyncflow.errors import DamagedData, LeaseLost, LedgerError, StoreError, UnknownFrame
 from asyncflow.store.account import Account
 from asyncflow.store.broker import Broker
 from asyncflow.store.client import Control, Counts, Grant, Lease, Place, Stat, Waited
@@ -53,10 +53,21 @@ HOST_FILE = "host"
 
 
 def _host_of(folder: Path) -> str:
+    """Made when it is not there, as a whole or not at all. Raises OSError."""
     path = folder / HOST_FILE
     if not path.exists():
-        path.write_text(uuid.uuid4().hex, encoding="ascii")
+        aside = path.with_name(f"{HOST_FILE}.part")
+        aside.write_text(uuid.uuid4().hex, encoding="ascii")
+        aside.rename(path)
     return path.read_text(encoding="ascii")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _host_of(folder)
+    except OSError as error:
+        raise LedgerError(f"the data of the samples in {folder} cannot be opened: {error}") from error
 
 
 class Store:
@@ -151,18 +162,22 @@ class Store:
                 )
         if not groups:
             return ()
+        left = self._until(timeout)
         if self._waits.is_set():
-            deadline = self._clock.monotonic() + timeout
             size = prompts.nbytes + (0 if samples is None else samples.nbytes)
-            if not self._control.room(groups, size=size, timeout=timeout):
+            if not self._control.room(groups, size=size, put=put, timeout=timeout):
                 return None
             self._waits.clear()
-            timeout = max(0.0, deadline - self._clock.monotonic())
-        first = self._named(lambda: self._admit(prompts, samples, put, priorities, timeout))
+        first = self._named(lambda: self._admit(prompts, samples, put, priorities, left()))
         if first is None:
             self._waits.set()
             return None
         return tuple(range(first, first + groups))
+
+    def _until(self, timeout: float) -> Callable[[], float]:
+        """How many seconds of it are left."""
+        deadline = self._clock.monotonic() + timeout
+        return lambda: max(0.0, deadline - self._clock.monotonic())
 
     def _admit(
         self,
@@ -208,6 +223,7 @@ class Store:
         ttl: float,
         timeout: float,
     ) -> Lease | None:
+        left = self._until(timeout)
         while True:
             grant = self._control.lease(
                 stage,
@@ -218,7 +234,7 @@ class Store:
                 ranks=ranks,
                 request=request,
                 ttl=ttl,
-                timeout=timeout,
+                timeout=left(),
             )
             if grant is None:
                 return None
@@ -295,7 +311,12 @@ class Store:
             except DamagedData as damage:
                 lost = np.zeros(len(held), np.bool_)
                 lost[held] = np.logical_or.reduce([place.frames == damage.frame for place in places])
-                self._control.nack(grant.lease_id, grant.sample_ids[lost].tolist(), reason=str(damage), final=True)
+                # Those that are still there: one that ended meanwhile may be gone with its segment.
+                lost &= np.isin(grant.sample_ids, self._control.held(grant.lease_id))
+                with suppress(LeaseLost):  # or who has the same lease said so before
+                    if lost.any():
+                        ids = grant.sample_ids[lost].tolist()
+                        self._control.nack(grant.lease_id, ids, reason=str(damage), final=True)
                 # Others may have gone with these, because too little is left of their group.
                 held = np.isin(grant.sample_ids, self._control.held(grant.lease_id))
                 places = tuple(Place(p.columns, p.frames[held], p.offsets[held]) for p in grant.places)
@@ -337,7 +358,7 @@ class EmbeddedStore(Store):
     """The store of one run with its broker in this process."""
 
     def __init__(self, broker: Broker, data: Data, folder: Path | None = None) -> None:
-        super().__init__(broker.table.schema, broker.table.group_size, broker, data)
+        super().__init__(broker.table.schema, broker.table.group_size, broker, data, broker.clock)
         self.broker = broker
         self.folder = folder
         """Of the segments; None: they are in this process's memory."""
@@ -366,6 +387,9 @@ class EmbeddedStore(Store):
         Raises LedgerError when the ledger exists, or one of the two cannot be made.
         """
         clock = clock or SystemClock()
+        # The ledger is made last: where there is one, there is a store.
+        if data is not None and not ledger.exists():
+            _make_folder(data)
         journal = Journal.create(ledger, opened, clock.wall(), schema)
         return cls._open(Table(schema, opened), journal, folder=data, durability=durability, clock=clock)
 

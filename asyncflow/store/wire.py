@@ -89,6 +89,7 @@ class Allocate(Message, frozen=True, kw_only=True):
 class Room(Message, frozen=True, kw_only=True):
     groups: Count
     size: Size = 0
+    put: PutId | None = None
     timeout: Wait
 
 

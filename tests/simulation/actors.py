@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from asyncflow.errors import LeaseLost, LedgerError, StoreError
+from asyncflow.errors import DamagedData, LeaseLost, LedgerError, StoreError
 from asyncflow.store.client import Lease
 from asyncflow.store.events import PutId
 from asyncflow.store.schema import COLUMNS
@@ -68,7 +68,17 @@ class Actor(ABC):
             self.server.disk, self.process, self.control.allocate, durable=self.server.durability == "power"
         )
         self.frames: SimFrames = frames
-        self.store = Store(
+        read = frames.batch
+
+        def batch(frame: int) -> pa.RecordBatch:
+            try:
+                return read(frame)
+            except DamagedData:
+                insist(self.server.disk.is_hurt(frame), "only what is damaged is refused", frame)
+                raise
+
+        frames.batch = batch  # type: ignore[method-assign]
+        self.store = self.server.parts.store(
             self.server.schema, self.server.terms.num_generations, self.control, frames, clock=self.world
         )
         self.begin()

@@ -225,6 +225,10 @@ class SegmentDisk(Shelf):
     def present(self) -> dict[int, int]:
         return {number: len(file.data) for number, file in self.files.items()}
 
+    def end_of(self, frame: int) -> int:
+        offset = frame & ((1 << OFFSET_BITS) - 1)
+        return offset + self.length(self.files[segment_of(frame)], offset)
+
     def name(self, number: int) -> str:
         return f"segment {number}"
 
@@ -318,6 +322,10 @@ class SegmentDisk(Shelf):
         except (DamagedData, ValueError):
             return False
         return True
+
+    def is_hurt(self, frame: int) -> bool:
+        """Whether something has happened to a frame, or its segment is gone: then it may be refused."""
+        return frame in self.hurt or segment_of(frame) not in self.files
 
     def parse(self, frame: int) -> pa.RecordBatch:
         segment, offset = segment_of(frame), frame & ((1 << OFFSET_BITS) - 1)

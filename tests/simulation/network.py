@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow.flight as fl
 
 from asyncflow.errors import Closed, IllegalTransition, LedgerError, StoreError
 from asyncflow.store import wire
 from asyncflow.store.account import Account
 from asyncflow.store.broker import TIDY_EVERY, Broker, _Parked
-from asyncflow.store.events import Event, Leased, Opened
+from asyncflow.store.events import Event, Leased, Opened, Returned
 from asyncflow.store.image import Image
 from asyncflow.store.journal import Durability
 from asyncflow.store.recovery import apply_all
 from asyncflow.store.remote import RemoteControl
+from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
 from asyncflow.store.segments import segment_of
+from asyncflow.store.store import Store
 from asyncflow.store.table import Table
 from tests.test_table_model import insist
 
@@ -33,6 +37,8 @@ OFTEN = 0.015
 """How often something is wrong with a call."""
 GRACE = 20.0
 """Seconds for which leases live on after a restart."""
+DAMAGED = re.compile(r"segment \d+ is damaged at ")
+"""How the reason of a client begins that could not read what it was given."""
 
 
 class Waiting(BaseException):
@@ -68,10 +74,10 @@ class SimBroker(Broker):
         due = self._next_chore()
         self._asleep_until = due
         if due < math.inf:
-            self._world.at(max(0.0, due - self._clock.monotonic()), self._chore)
+            self._world.at(max(0.0, due - self.clock.monotonic()), self._chore)
 
     def _chore(self) -> None:
-        if self._process.dead or self._closed or self._asleep_until > self._clock.monotonic():
+        if self._process.dead or self._closed or self._asleep_until > self.clock.monotonic():
             return
         self._asleep_until = -math.inf
         try:
@@ -79,13 +85,13 @@ class SimBroker(Broker):
         except Closed:
             return
         except LedgerError:
-            self._asleep_until = self._clock.monotonic() + TIDY_EVERY
+            self._asleep_until = self.clock.monotonic() + TIDY_EVERY
             self._world.at(TIDY_EVERY, self._chore)
             return
         except Killed as death:
             self._on_death(isinstance(death, PowerCut))
             return
-        insist(self._next_chore() > self._clock.monotonic(), "leases run out in time", self._next_chore())
+        insist(self._next_chore() > self.clock.monotonic(), "leases run out in time", self._next_chore())
         self._wake()
 
 
@@ -99,7 +105,7 @@ class Parts:
     journal: type[SimJournal] = SimJournal
     frames: type[SimFrames] = SimFrames
     disk: type[SegmentDisk] = SegmentDisk
-    remote: type[RemoteControl] = RemoteControl
+    store: type[Store] = Store
     records_after: int = 0
     """How many events are forgotten after a snapshot."""
 
@@ -180,8 +186,18 @@ class Server:
     def _told(self, events: Sequence[Event]) -> None:
         self.book.now = self.world.now
         for event in events:
+            if isinstance(event, Returned) and DAMAGED.match(event.reason):
+                self._check_damaged(event.rows)
             self.book.enter(event)
             self.steps += event.kind == "committed"
+
+    def _check_damaged(self, samples: Sequence[int]) -> None:
+        """A client has given these up because their data are damaged."""
+        assert self.broker is not None
+        rows = self.broker.table.rows
+        for sample, frames in zip(samples, rows.frame[:, np.array(samples) - rows.base].T.tolist(), strict=True):
+            hurt = any(frame != NONE and self.disk.is_hurt(frame) for frame in frames)
+            insist(hurt, "only what is damaged is given up", sample, frames)
 
     # death and life
 
@@ -491,7 +507,7 @@ class Client:
 def control_of(server: Server, process: Process) -> RemoteControl:
     """The real client of a broker, over the simulated network."""
 
-    class Control(server.parts.remote):  # type: ignore[name-defined, misc]
+    class Control(RemoteControl):
         def _connect(self) -> Any:
             return Client(server)
 
@@ -499,5 +515,5 @@ def control_of(server: Server, process: Process) -> RemoteControl:
             return timeout
 
     control = Control("sim", token="", patience=4.0, clock=server.world, sleep=server.world.sleep)
-    control._producer = f"auto {process.name}"
+    control._name = f"auto {process.name}"
     return control

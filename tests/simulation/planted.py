@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from asyncflow.errors import DamagedData, LedgerError, StoreError
 from asyncflow.store.account import Account
-from asyncflow.store.client import Place
+from asyncflow.store.client import Grant, Lease, Place
 from asyncflow.store.events import Acked, Committed, Event, PutId, Renewed, Restarted
 from asyncflow.store.frames import HEADER, HEADER_BYTES, OFFSET_BITS, read_batch
-from asyncflow.store.remote import RemoteControl
 from asyncflow.store.rows import NONE, Flags, Ids
 from asyncflow.store.segments import _schema, segment_of
+from asyncflow.store.store import Store
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 from tests.test_table_model import (
@@ -62,9 +62,6 @@ class TriesAFailedSyncAgain(SimJournal):
         except LedgerError:
             self.failed = None
             self._synced = self.lsn
-
-    def append(self, events: Sequence[Event], at: float) -> int:
-        return super().append(events, at)
 
 
 class WallClock(SimBroker):
@@ -127,11 +124,16 @@ class ForgetsAFailedSync(SimBroker):
             raise
 
 
-class ConfirmsBeforeTheSync(RemoteControl):
-    """Takes a commit for made when a look at the store shows it, which a power cut can still take."""
+class ConfirmsBeforeTheSync(SimBroker):
+    """Answers a commit that is repeated with what its table knows, which a power cut can still take."""
 
-    def held(self, lease_id: int) -> Any:
-        return super().held(lease_id) if lease_id else np.zeros(0, np.int64)
+    def commit(self, **step: Any) -> None:
+        try:
+            if self.table.commit(**step) == []:
+                return
+        except StoreError:
+            pass  # some leases may have to run out before
+        super().commit(**step)
 
 
 class TrustsEarlierProcesses(Account):
@@ -160,6 +162,28 @@ class SkipsChecksums(SimFrames):
             return read_batch(message, _schema(_Mapped(data), segment, schema))  # type: ignore[arg-type]
         except (KeyError, ValueError, IndexError, OSError, pa.ArrowException) as error:
             raise DamagedData(str(error), frame=frame) from None
+
+
+class RefusesGoodFrames(SimFrames):
+    """Takes a frame of one row for damaged."""
+
+    def batch(self, frame: int) -> pa.RecordBatch:
+        found = super().batch(frame)
+        if len(found) == 1:
+            raise DamagedData(f"segment {segment_of(frame)} is damaged at 0: it is short", frame=frame)
+        return found
+
+
+class GivesUpTheWholeLease(Store):
+    """Takes all samples of a lease for damaged when one of them is."""
+
+    def _deliver(self, grant: Grant) -> Lease | None:
+        try:
+            self._gather(self.schema.stages[grant.stage].needs, grant.places)
+        except DamagedData as damage:
+            self._control.nack(grant.lease_id, grant.sample_ids.tolist(), reason=str(damage), final=True)
+            return None
+        return super()._deliver(grant)
 
 
 class NamesFramesBeforeTheSync(SimFrames):
@@ -254,6 +278,8 @@ PLANTED: dict[str, Planted] = {
     "put forgotten": Planted(Parts(table=ForgetsPuts), "a put happens once"),
     "dropped silently": Planted(Parts(broker=DropsSilently), "what is acknowledged has happened"),
     "checksum skipped": Planted(Parts(frames=SkipsChecksums), "what is read is what was put", 300),
+    "good data refused": Planted(Parts(frames=RefusesGoodFrames), "only what is damaged is refused"),
+    "too much given up": Planted(Parts(store=GivesUpTheWholeLease), "only what is damaged is given up"),
     "needed segment removed": Planted(Parts(account=ReleasesTwice), "data that are needed stay|account knows"),
     "unsettled segment removed": Planted(Parts(disk=RemovesWhatIsNotSettled), "stays while its writer has it"),
     "segment removed before the ledger is on disk": Planted(
@@ -262,7 +288,7 @@ PLANTED: dict[str, Planted] = {
     "frame named before its sync": Planted(Parts(frames=NamesFramesBeforeTheSync), "are not lost|gone on with"),
     "earlier process trusted to have synced": Planted(Parts(account=TrustsEarlierProcesses), "are not lost", 600),
     "failed sync of segments forgotten": Planted(Parts(broker=ForgetsAFailedSync), "are not lost|gone on with", 600),
-    "commit confirmed before its sync": Planted(Parts(remote=ConfirmsBeforeTheSync), "acknowledged is synced", 1000),
+    "commit confirmed before its sync": Planted(Parts(broker=ConfirmsBeforeTheSync), "acknowledged is synced", 1000),
     "part of a group leased": Planted(Parts(table=PartsOfGroups), "groups are leased whole|what is trained was"),
     "staleness not checked": Planted(Parts(table=NoStalenessCheck), "no late row is leased|never exceeds the bound"),
     "admission by the learner's version": Planted(Parts(table=LearnersVersionInAdmission), "no more is admitted"),
