@@ -4,6 +4,8 @@ import { freshKey, get, jobPath, post } from "../api.js";
 import { CORE_SCHEMA, dump, load } from "../vendor/js-yaml/js-yaml.mjs";
 import { h, replace } from "../dom.js";
 
+const PLANNING = 180_000; // milliseconds: a process of its own looks at the model and at the data
+
 const EXAMPLE = `# Seconds on any machine: the engines are fakes. See configs/ for real ones.
 name: tiny
 model: tiny
@@ -106,7 +108,7 @@ export class Submit {
     const body = this.#body();
     if (!body) return;
     await this.#busy(async () => {
-      const answer = await post("/v1/jobs:validate", { config: body.config });
+      const answer = await post("/v1/jobs:validate", { config: body.config }, {}, PLANNING);
       if (answer.ok) this.#say("good", "It can run.", this.#plan(answer.plan));
       else this.#say("error", "It cannot run as it is.", this.#errors(answer.errors));
     });
