@@ -31,6 +31,7 @@ DEADLINE = 20_000
 """Milliseconds for what has to appear at all."""
 LIVE = 0.5
 """Seconds after which a change on the server has to be on the page."""
+REFUSED = "401 (Unauthorized)"
 DESKTOP, PHONE = (1440, 900), (390, 844)
 
 Scheme = Literal["light", "dark"]
@@ -95,7 +96,6 @@ def opens(browser: Browser, service: Service, watch: Watch) -> Iterator[Opens]:
         context.set_default_timeout(DEADLINE)
         watch.over(context)
         page = context.new_page()
-        watch.expected += ("401 (Unauthorized)",)  # the first question of who has not logged in
         page.goto(service.url)
         return page
 
@@ -238,7 +238,8 @@ def test_not_even_a_script_of_this_page_can_make_markup_of_text(opens: Opens, wa
 # -- login -------------------------------------------------------------------------------------------------------------
 
 
-def test_who_shows_a_wrong_token_gets_a_sentence_and_nothing_else(opens: Opens, service: Service) -> None:
+def test_who_shows_a_wrong_token_gets_a_sentence_and_nothing_else(opens: Opens, service: Service, watch: Watch) -> None:
+    watch.expected += (REFUSED,)
     page = opens()
     page.get_by_label("Token").fill("wrong")
     page.get_by_role("button", name="Log in").click()
@@ -420,7 +421,8 @@ def test_a_connection_that_is_lost_is_said_and_comes_back(
     assert seen_at(page) - began < LIVE
 
 
-def test_a_session_that_ends_leads_to_the_login(visit: Opens, service: Service) -> None:
+def test_a_session_that_ends_leads_to_the_login(visit: Opens, service: Service, watch: Watch) -> None:
+    watch.expected += (REFUSED,)
     page = visit()
     open_job(page, service)
     page.context.clear_cookies()  # the next step is asked for without it

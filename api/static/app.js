@@ -82,11 +82,15 @@ function route({ focus }) {
   place = now;
 }
 
+// The cookie cannot be read from here: this says whether it is worth asking who we are.
+const SESSION = "asyncflow-session";
+
 function showLogin(reason = "") {
   if (page instanceof Login) return;
   closeStreams();
   page?.close();
   app.me = null;
+  localStorage.removeItem(SESSION);
   pageKey = null;
   top.hidden = true;
   page = new Login(app, reason, enter);
@@ -96,6 +100,7 @@ function showLogin(reason = "") {
 
 async function enter() {
   app.me = await get("/v1/me");
+  localStorage.setItem(SESSION, "there");
   top.hidden = false;
   page?.close();
   page = null;
@@ -125,8 +130,12 @@ onConnection(({ watching, connected, since }) => {
   document.body.classList.toggle("stale", watching && !connected);
 });
 
-try {
-  await enter();
-} catch (error) {
-  showLogin(error.status === 401 ? "" : error.message);
+if (localStorage.getItem(SESSION) === null) {
+  showLogin();
+} else {
+  try {
+    await enter();
+  } catch (error) {
+    showLogin(error.status === 401 ? "" : error.message);
+  }
 }

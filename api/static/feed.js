@@ -105,6 +105,7 @@ export class JobFeed {
       this.#again = setTimeout(() => this.#closed || this.#listen(), LIVE_AGAIN); // a run that begins may say so too early
       return;
     }
+    const first = this.queue === null;
     if (queue) this.queue = { ...queue, history: this.queue?.history };
     if (workers) this.workers = workers;
     if (progress) this.job = { ...this.job, progress };
@@ -114,6 +115,7 @@ export class JobFeed {
     }
     this.#changed("live");
     if (progress && progress.step !== this.#step) this.#stepped(progress.step);
+    else if (first && queue) this.#all();
   }
 
   #stepped(step) {
@@ -179,8 +181,9 @@ export class JobFeed {
     });
   }
 
+  /** A run that begins has nothing to be asked for until its first picture has come by itself. */
   #hasRun() {
-    return this.job.started_at !== null;
+    return isLive(this.job) ? this.queue !== null : this.job.started_at !== null;
   }
 
   #lastStep() {

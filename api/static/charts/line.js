@@ -106,14 +106,14 @@ export class LineChart {
       scales: { x: { time: false }, y: { range: (_, low, high) => this.#range(low, high) } },
       axes: [
         { ...axis, size: 22, gap: 2, space: 60, grid: { show: false } },
-        { ...axis, size: 44, gap: 4, space: 30, grid: { stroke: tones.rule, width: 1 }, values: (_, ticks) => ticks.map(number) },
+        { ...axis, size: 44, gap: 4, space: 30, grid: { stroke: tones.rule, width: 1 }, values: (_, ticks) => ticks.map(telling(ticks[0], ticks[1])) },
       ],
       series: [{}, ...drawn.map((line) => ({
         stroke: tones[line.tone],
         width: line.faint ? 1 : 1.75,
         spanGaps: true,
         paths: line.dots ? uPlot.paths.linear() : undefined,
-        points: { show: line.dots || columns[0].length < 2, size: 7, fill: tones[line.tone] },
+        points: { show: line.dots || ((plot) => plot.data[0].length < 2), size: 7, fill: tones[line.tone] },
       }))],
       hooks: { setCursor: [(plot) => this.#readout(plot.cursor.idx ?? null)] },
     }, columns, this.#host);

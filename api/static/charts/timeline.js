@@ -32,8 +32,9 @@ export class Timeline {
     this.element = this.#figure.element;
   }
 
-  /** `spans`: as /timeline gives them. A worker whose name has a slash (`generation/3`) is a lane of completions. */
-  show(spans, seconds) {
+  /** `spans`: as /timeline gives them. A worker whose name has a slash (`generation/3`) is a lane of completions.
+   *  `order`: names of workers, as they should stand. */
+  show(spans, seconds, order) {
     const known = spans
       .map((span) => ({ ...span, start: epoch(span.start), end: epoch(span.end) }))
       .filter((span) => span.start !== null && span.end !== null && span.end >= span.start);
@@ -45,7 +46,7 @@ export class Timeline {
       return;
     }
     this.#from = Math.max(this.#to - seconds, known.reduce((first, span) => Math.min(first, span.start), Infinity));
-    this.#workers = rowsOf(known.filter((span) => !span.worker.includes("/")));
+    this.#workers = rowsOf(known.filter((span) => !span.worker.includes("/"))).sort((a, b) => order.indexOf(a.name) - order.indexOf(b.name));
     this.#lanes = rowsOf(known.filter((span) => span.worker.includes("/") && span.end > this.#from))
       .sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true })).slice(0, MOST_LANES);
     const lasted = this.#lasted();

@@ -78,7 +78,7 @@ export class Overview {
     if (what === "metrics" || what === "all") this.#learning.show(this.#feed.series, this.#feed.names);
     if (what === "engines" || what === "events" || what === "all") this.#weights.show(this.#feed.engines, this.#feed.events);
     if (what === "events" || what === "all") this.#showAlarms();
-    if (what === "timeline" || what === "all") this.#timeline.show(this.#feed.spans, TIMELINE_SECONDS);
+    if (what === "timeline" || what === "all") this.#timeline.show(this.#feed.spans, TIMELINE_SECONDS, workers.map((worker) => worker.name));
     if (this.#near && what !== "timeline" && (isLive(job) || what === "all")) this.#askTimeline();
   }
 
