@@ -348,7 +348,8 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Co
     try:
         return Config.model_validate(changed)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+        fields = [(".".join(map(str, item["loc"])), _sentence(item)) for item in error.errors()]
+        raise ConfigError("; ".join(sentence for _, sentence in fields), fields=fields) from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

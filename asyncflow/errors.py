@@ -40,6 +40,11 @@ class UserError(AsyncFlowError, ValueError):
 class ConfigError(UserError):
     """An unknown, contradictory or impossible setting."""
 
+    def __init__(self, message: str, *, fields: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields)
+        """(dotted key, what is wrong with it) for each setting, where several can be wrong at once."""
+
 
 class DataError(UserError):
     """A missing, empty or malformed data set."""

@@ -237,14 +237,16 @@ def launch(
         going_on=going_on,
         listeners=listeners,
         watch=watch,
-        diagnose=lambda folder: diagnose(
-            read_metrics(folder / METRICS, "step"),
-            max_staleness=ready.config.max_staleness,
-            update=ready.config.weights.update,
-        ),
+        diagnose=lambda folder: _bottleneck(folder, ready.config),
         at_end=write_report,
     )
     return Run(run_dir=run_dir, summary=summary, error=error)
+
+
+def _bottleneck(run_dir: Path, config: Config) -> str | None:
+    steps = read_metrics(run_dir / METRICS, "step")
+    found = diagnose(steps, max_staleness=config.max_staleness, update=config.weights.update)
+    return None if found is None else found.text
 
 
 def new_run_dir(name: str) -> Path:

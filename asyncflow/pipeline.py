@@ -100,7 +100,7 @@ class Pipeline:
         # The rollout engine completes them, in this process or in one of its own.
         canary = tokens(plan.problems.train[0]) if config.attestation.samples else None
         side = place(schema.stages["rollout"], self.heartbeat, canary)
-        self.host, self.rollout, fresh = side.host, side.worker, side.fresh
+        self.host, self.rollout, self.rollouts, fresh = side.host, side.worker, side.rollouts, side.fresh
 
         # The reward functions score them.
         alarms = Alarms(recorder)
@@ -127,6 +127,7 @@ class Pipeline:
         # The learner trains them and publishes new weights.
         self.channel = WeightChannel(keep=config.weights.keep)
         self.engine = learner
+        self.attestation = Attestation(learner, fresh, config=config, recorder=recorder, alarms=alarms)
         self.learner = ActorUpdate(
             schema.stages["actor_update"],
             self.store,
@@ -135,7 +136,7 @@ class Pipeline:
             engine=self.engine,
             channel=self.channel,
             recorder=recorder,
-            attestation=Attestation(learner, fresh, config=config, recorder=recorder, alarms=alarms),
+            attestation=self.attestation,
             config=config,
             generated_tokens=lambda: side.rollouts.generated_tokens,
             after_step=after_step,
@@ -176,6 +177,7 @@ class Pipeline:
             alarms,
             rollout_timeout=config.rollout.timeout,
             stall_timeout=config.stall_timeout,
+            resting=lambda: any(worker.drained for worker in self.workers),
         )
 
     def interrupt(self) -> None:

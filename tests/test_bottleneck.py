@@ -102,7 +102,27 @@ def test_every_bottleneck_has_its_sentence_with_numbers_and_advice(case: str) ->
     shares, settings, sentence = CASES[case]
 
     given: dict[str, Any] = {"max_staleness": 1, "update": "boundary"} | settings
-    assert bottleneck(shares, **given) == sentence
+    assert bottleneck(shares, **given).text == sentence
+
+
+@pytest.mark.parametrize(
+    ("case", "stage"),
+    [
+        ("learner", "actor_update"),
+        ("publishing", "actor_update"),
+        ("generation", "rollout"),
+        ("weights", "weights"),
+        ("reward", "reward"),
+        ("reference", "reference"),
+        ("prompts", "feeder"),
+        ("the end", None),
+    ],
+)
+def test_the_part_that_the_others_wait_for_is_named(case: str, stage: str | None) -> None:
+    shares, settings, _ = CASES[case]
+
+    given: dict[str, Any] = {"max_staleness": 1, "update": "boundary"} | settings
+    assert bottleneck(shares, **given).stage == stage
 
 
 def test_the_advice_names_settings_that_there_are() -> None:
@@ -123,7 +143,8 @@ def line(seconds: float = 1.0, **shares: float) -> dict[str, Any]:
 
 
 def sentence(*steps: dict[str, Any]) -> str | None:
-    return diagnose(steps, max_staleness=1, update="boundary")
+    found = diagnose(steps, max_staleness=1, update="boundary")
+    return None if found is None else found.text
 
 
 FILLING = line(100.0, actor_update__busy=0.0, actor_update__wait_for__feeder=1.0)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from asyncflow.report.audit import audit
 from asyncflow.runtime.control import ControlClient, ControlServer
 from asyncflow.store.events import Amended
 from asyncflow.store.journal import read_ledger
-from tests.conftest import TINY
+from tests.endless import UNHURRIED, endless_run, step_of
 from tests.own_process import OWN
 from tests.processes import DEADLINE, wait_until
 
@@ -51,6 +51,30 @@ class Wishes:
             raise ControlError(f"max_staleness cannot be {bound}: give a whole number")
         self.asked.append(bound)
 
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        return [{"name": "reward", "activity": "busy"}]
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        return [{"name": "rollout-0", "served": "0.3"}]
+
+    def drain(self, worker: str) -> None:
+        self.asked.append(("drain", worker))
+
+    def undrain(self, worker: str) -> None:
+        self.asked.append(("undrain", worker))
+
+    def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
+        return [{"worker": "reward", "start": 0.0, "end": seconds}]
+
+    def shares(self, seconds: float) -> Mapping[str, float]:
+        return {"reward/busy": seconds / 100}
+
+    def tokenise(self, prompts: Sequence[Any]) -> Sequence[Sequence[int]]:
+        return [[len(prompt)] for prompt in prompts]
+
+    def complete(self, prompt: Any, **sampling: Any) -> Mapping[str, Any]:
+        return {"prompt": prompt, **sampling}
+
 
 @pytest.fixture
 def wishes() -> Wishes:
@@ -74,10 +98,41 @@ def test_every_wish_arrives_and_is_answered(run_dir: Path, wishes: Wishes) -> No
     client.pause()
     client.resume()
     client.set_max_staleness(4)
+    client.drain("reward")
+    client.undrain("reward")
     client.stop()
 
-    assert wishes.asked == ["pause", "resume", 4, "stop"]
+    assert wishes.asked == ["pause", "resume", 4, ("drain", "reward"), ("undrain", "reward"), "stop"]
     assert client.status() == {"step": 3, "served": {"rollout-0": "0.3"}}
+
+
+def test_every_question_is_answered(run_dir: Path) -> None:
+    client = ControlClient(run_dir)
+
+    assert client.workers() == [{"name": "reward", "activity": "busy"}]
+    assert client.engines() == [{"name": "rollout-0", "served": "0.3"}]
+    assert client.timeline(7.0) == [{"worker": "reward", "start": 0.0, "end": 7.0}]
+    assert client.shares(50.0) == {"reward/busy": 0.5}
+    assert client.tokenise(["a", "bcd"]) == [[1], [3]]
+    assert client.complete("x", n=2, max_new_tokens=3, temperature=0.5, top_p=0.9, seed=4, timeout=8.0) == {
+        "prompt": "x",
+        "n": 2,
+        "max_new_tokens": 3,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 4,
+        "timeout": 8.0,
+    }
+
+
+def test_an_answer_may_be_longer_than_a_request(run_dir: Path, wishes: Wishes) -> None:
+    many = [{"worker": "reward", "start": float(place), "end": 1.0} for place in range(100_000)]
+    wishes.timeline = lambda seconds: many  # type: ignore[method-assign]
+    server = ControlServer(wishes, run_dir)  # at the same place, so that it has the new method
+    try:
+        assert ControlClient(run_dir).timeline(60.0) == many
+    finally:
+        server.close()
 
 
 def test_a_refusal_comes_back_as_it_was_said(run_dir: Path, wishes: Wishes) -> None:
@@ -158,30 +213,11 @@ def address(folder: Path) -> Iterator[str]:
 # -- a real run --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def run_without_end(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """A run that goes on until somebody stops it."""
-    slow = "rollout.options={token_latency: 0.002}"
-    settings = ("steps=100000", f"run_dir={run_dir}", "data.eval_size=0", slow, *overrides)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "asyncflow.cli", "run", str(TINY), *(x for s in settings for x in ("--set", s))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        wait_until(lambda: step_of(run_dir) >= 2, process)
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=DEADLINE)
-
-
 @pytest.fixture
 def endless(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """A run for a test that steers it, with the settings that the test asks for."""
     run_dir = tmp_path / "run"
-    with run_without_end(run_dir, *getattr(request, "param", ())) as process:
+    with endless_run(run_dir, UNHURRIED, *getattr(request, "param", ())) as process:
         yield run_dir, process
 
 
@@ -189,15 +225,8 @@ def endless(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Pa
 def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run for tests that change nothing about it."""
     run_dir = tmp_path_factory.mktemp("shared") / "run"
-    with run_without_end(run_dir):
+    with endless_run(run_dir, UNHURRIED):
         yield run_dir
-
-
-def step_of(run_dir: Path) -> int:
-    try:
-        return int(ControlClient(run_dir).status().get("step", 0))
-    except ControlError:  # it has only just started
-        return 0
 
 
 def asyncflow(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -24,13 +24,9 @@ import xxhash
 from asyncflow.errors import Closed, DamagedData, LedgerError
 from asyncflow.store.account import Account
 from asyncflow.store.frames import BATCH, FORMAT, HEADER, HEADER_BYTES, MAGIC, OFFSET_BITS, SCHEMA, Header, headers_of
-from asyncflow.store.segments import (
-    MemoryFrames,
-    SegmentFolder,
-    SegmentReader,
-    SegmentWriter,
-    segment_path,
-)
+from asyncflow.store.memory_frames import MemoryFrames
+from asyncflow.store.segments import SegmentReader, SegmentWriter, segment_path
+from asyncflow.store.shelf import SegmentFolder
 from tests import hostile_frames
 
 COLUMNS: dict[str, pa.DataType] = {

@@ -23,8 +23,8 @@ from asyncflow.store.client import Lease
 from asyncflow.store.events import Acked, Admitted, Committed, Opened, Quarantined
 from asyncflow.store.frames import HEADER_BYTES, headers_of
 from asyncflow.store.journal import read_ledger
+from asyncflow.store.memory_frames import MemoryFrames
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS, Schema, Stage
-from asyncflow.store.segments import MemoryFrames
 from asyncflow.store.store import EmbeddedStore
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion

@@ -20,7 +20,7 @@ from asyncflow.store.broker import Broker
 from asyncflow.store.data import FileFrames
 from asyncflow.store.journal import Journal
 from asyncflow.store.recovery import rebuild
-from asyncflow.store.segments import SegmentFolder
+from asyncflow.store.shelf import SegmentFolder
 from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion

@@ -18,8 +18,8 @@ from asyncflow.store.account import Account
 from asyncflow.store.broker import Broker
 from asyncflow.store.events import PutId
 from asyncflow.store.journal import Journal
+from asyncflow.store.memory_frames import MemoryFrames
 from asyncflow.store.remote import RemoteControl
-from asyncflow.store.segments import MemoryFrames
 from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion

@@ -16,8 +16,9 @@ from asyncflow.store.broker import Broker
 from asyncflow.store.events import Opened
 from asyncflow.store.frames import HEADER_BYTES, OFFSET_BITS
 from asyncflow.store.journal import Journal
+from asyncflow.store.memory_frames import MemoryFrames
 from asyncflow.store.schema import Schema
-from asyncflow.store.segments import MemoryFrames, SegmentReader, SegmentWriter, segment_path
+from asyncflow.store.segments import SegmentReader, SegmentWriter, segment_path
 from asyncflow.store.table import Table
 from tests.test_table_model import REWARD, ROLLOUT, TRAIN
 

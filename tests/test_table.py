@@ -96,8 +96,8 @@ class Bench:
         events = self.do(self.table.lease(stage, worker=worker, max_rows=rows, max_tokens=tokens, deadline=deadline))
         return events[-1] if events and isinstance(events[-1], Leased) else None
 
-    def take(self, stage: str, rows: int = 100, **limits: float) -> Leased:
-        leased = self.lease(stage, rows, **limits)  # type: ignore[arg-type]
+    def take(self, stage: str, rows: int = 100, **limits: Any) -> Leased:
+        leased = self.lease(stage, rows, **limits)
         assert leased is not None, f"nothing is ready for {stage}"
         return leased
 

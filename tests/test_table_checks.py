@@ -179,7 +179,7 @@ def test_no_other_stage_says_anything_of_tokens() -> None:
 
     for about in ({"tokens": [1, 1]}, {"oldest": [0, 0], "newest": [0, 0]}):
         with pytest.raises(StoreError, match="with reward need 0 numbers of tokens and 0 oldest"):
-            bench.table.ack(lease.lease_id, [0, 1], columns=columns, frame=1, **about)  # type: ignore[arg-type]
+            bench.table.ack(lease.lease_id, [0, 1], columns=columns, frame=1, **about)
 
 
 def test_a_prompt_and_a_response_together_are_never_too_long_to_be_counted() -> None:

@@ -1427,7 +1427,8 @@ class ReadyOrder(Table):
             events, rows, full = super()._choose_groups(min(max_rows, room), max_tokens)
         finally:
             self.terms = terms
-        return events, rows if len(rows) <= room else [], full
+        places = len({row // self.group_size for row in rows}) * self.group_size
+        return events, rows if places <= room else [], full
 
 
 class LostRowsFreeTheirPlace(Table):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asyncflow.cli.serve import serve
 from asyncflow.cli.store import store_app
 from asyncflow.errors import AsyncFlowError, ControlError, StoreError, UserError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 app.add_typer(store_app, name="store")
+app.command()(serve)
 
 EXIT = {"finished": 0, "failed": 1, "stopped": 130}
 
@@ -215,18 +217,6 @@ def bench(context: typer.Context) -> None:
     from asyncflow.cli.bench import benchmarks
 
     benchmarks().main(context.args)
-
-
-@app.command()
-def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8765,
-) -> None:
-    """Start the HTTP service."""
-    import uvicorn
-    from asyncflow_api.app import create_app
-
-    uvicorn.run(create_app(), host=host, port=port, log_level="warning")
 
 
 def main() -> None:

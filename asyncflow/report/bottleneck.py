@@ -8,6 +8,7 @@ when it is not busy. The culprit is who is busy while the others wait for it, as
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 FULL = 0.9
@@ -17,9 +18,9 @@ MUCH = 0.1
 EVALUATION = 0.25
 """Share of the time from which evaluation, which uses the rollout engine, is what to look at first."""
 
-LEARNER, ROLLOUT = "actor_update", "rollout"
+LEARNER, ROLLOUT, WEIGHTS, FEEDER = "actor_update", "rollout", "weights", "feeder"
 PREFIX = "stage/"
-NOT_STAGES = ("feeder", "weights", "bound", "end", "pause")
+NOT_STAGES = ("feeder", "weights", "bound", "end", "pause", "drain")
 
 NAMES = {
     "actor_update": "the learner",
@@ -28,22 +29,34 @@ NAMES = {
     "weights": "the weight update",
     "bound": "the learner: the staleness bound is reached",
     "pause": "somebody to let the run go on",
+    "drain": "somebody to let it go on",
     "end": "nothing: all samples of the run are there",
 }
 """What is waited for, as it stands in a sentence; other stages are called by their names."""
 
 
-def diagnose(steps: Sequence[Mapping[str, Any]], *, max_staleness: int, update: str) -> str | None:
-    """The sentence for a whole run, from its step lines; None when no step after the first one was timed."""
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """What holds a run up."""
+
+    stage: str | None
+    """The part that the others wait for, by the name of its worker; None: nobody for long."""
+    text: str
+    """One sentence with the numbers and the advice."""
+
+
+def diagnose(steps: Sequence[Mapping[str, Any]], *, max_staleness: int, update: str) -> Bottleneck | None:
+    """That of a whole run, from its step lines; None when no step after the first one was timed."""
     later = [step for step in steps[1:] if _is_share(step.get(f"{PREFIX}{LEARNER}/busy"))]
     if not later:
         return None
     evaluating = mean_shares(later).get("evaluator/busy", 0.0)
     if evaluating >= EVALUATION:
-        return (
+        text = (
             f"Evaluation took {evaluating:.0%} of the time and shares the engine with the rollouts: raise eval_every "
             "or lower data.eval_size."
         )
+        return Bottleneck(stage="evaluator", text=text)
     return bottleneck(mean_shares(steady(later)), max_staleness=max_staleness, update=update)
 
 
@@ -65,36 +78,41 @@ def mean_shares(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return shares
 
 
-def bottleneck(shares: Mapping[str, float], *, max_staleness: int, update: str) -> str:
-    """One sentence about what holds the run up.
+def bottleneck(shares: Mapping[str, float], *, max_staleness: int, update: str) -> Bottleneck:
+    """What holds the run up.
 
     `shares` are those of `mean_shares`, `max_staleness` and `update` (`boundary`, `in_flight`) the run's settings.
     """
     busy, publishing = shares.get(f"{LEARNER}/busy", 0.0), shares.get(f"{LEARNER}/publish", 0.0)
     if publishing >= 2 * MUCH and publishing >= 1 - busy:
-        return (
+        text = (
             f"The learner spent {publishing:.0%} of its time publishing weights: raise train_batch_size, which "
             "publishes less often for the same samples."
         )
+        return Bottleneck(stage=LEARNER, text=text)
     if busy >= FULL:
         at_bound = shares.get(f"{ROLLOUT}/wait_for/bound", 0.0)
         waited = f", and generation waited {at_bound:.0%} at the staleness bound" if at_bound >= MUCH else ""
-        return (
+        text = (
             f"The learner is the bottleneck: it was busy {busy:.0%} of the time{waited}. Add learner capacity; more "
             "max_staleness gains nothing."
         )
+        return Bottleneck(stage=LEARNER, text=text)
     waits = waits_of(shares, LEARNER)
     cause = max(waits, key=lambda name: waits[name], default=ROLLOUT)
     waited = f"The learner waited {waits.get(cause, 0.0):.0%} of the time for {in_words(cause)}"
-    if cause in (ROLLOUT, "weights"):
-        return _generation(shares, waited, cause, max_staleness=max_staleness, update=update)
-    if cause == "feeder":
-        return f"{waited}: they are drawn and tokenised too slowly; shorten or prepare the data set."
+    if cause in (ROLLOUT, WEIGHTS):
+        text = _generation(shares, waited, cause, max_staleness=max_staleness, update=update)
+        return Bottleneck(stage=cause, text=text)
+    if cause == FEEDER:
+        text = f"{waited}: they are drawn and tokenised too slowly; shorten or prepare the data set."
+        return Bottleneck(stage=FEEDER, text=text)
     if cause in NOT_STAGES:
-        return f"The learner was busy {busy:.0%} of the time, and nothing held it up for long."
+        text = f"The learner was busy {busy:.0%} of the time, and nothing held it up for long."
+        return Bottleneck(stage=None, text=text)
     stage = shares.get(f"{cause}/busy", 0.0)
     remedy = "make the reward functions faster" if cause == "reward" else f"give the {cause} stage more capacity"
-    return f"{waited}, which was busy {stage:.0%}: {remedy}."
+    return Bottleneck(stage=cause, text=f"{waited}, which was busy {stage:.0%}: {remedy}.")
 
 
 def in_words(cause: str) -> str:
@@ -116,9 +134,9 @@ def _generation(shares: Mapping[str, float], waited: str, cause: str, *, max_sta
             f"{waited}, and {emptied:.0%} of the engine's places stood empty while it took new weights at a boundary: "
             "set weights.update to in_flight."
         )
-    if cause == "weights" and max_staleness:
+    if cause == WEIGHTS and max_staleness:
         return f"{waited}: raise max_staleness (it is {max_staleness}), so that it happens beside a step."
-    if cause == "weights" or not max_staleness:
+    if cause == WEIGHTS or not max_staleness:
         return (
             f"{waited}: with max_staleness 0 generation and training take turns; raise it to 1, and they run at the "
             "same time."

@@ -80,12 +80,12 @@ def export_open(home: Path, file: Path, columns: Sequence[str] | None = None, *,
         for begin in range(0, len(ids), ROWS_AT_ONCE):
             some = ids[begin : begin + ROWS_AT_ONCE]
             try:
-                batch = _open_samples(table, reader, some, schema)
+                batch = open_samples(table, reader, some, schema)
             except DamagedData:
                 now, _ = table_at(ledger_of(home))
                 if now.rows.is_open(some).all():
                     raise
-                batch = _open_samples(table, reader, some[now.rows.is_open(some)], schema)
+                batch = open_samples(table, reader, some[now.rows.is_open(some)], schema)
             yield batch.select(names)
 
     try:
@@ -113,7 +113,8 @@ def _matches(table: Table, ids: Ids, condition: str) -> Flags:
     raise ConfigError(f"--where {condition}: write state=…, group=…, stage=… or worker=…")
 
 
-def _open_samples(table: Table, reader: SegmentReader, ids: Ids, schema: pa.Schema) -> pa.RecordBatch:
+def open_samples(table: Table, reader: SegmentReader, ids: Ids, schema: pa.Schema) -> pa.RecordBatch:
+    """Columns of samples whose data are kept, null where they have none yet. Raises DamagedData."""
     place = ids - table.rows.base
     found: dict[str, pa.Array] = {
         "sample_id": pa.array(ids),
@@ -121,7 +122,10 @@ def _open_samples(table: Table, reader: SegmentReader, ids: Ids, schema: pa.Sche
         "state": pa.array([STATES[state] for state in table.rows.state[place]], pa.string()),
     }
     lines = (table.schema.prompt_columns, *(stage.writes for stage in table.schema.stages.values()))
-    for line, columns in enumerate(lines):
+    for line, written in enumerate(lines):
+        columns = tuple(name for name in written if name in schema.names)
+        if not columns:
+            continue
         frames, offsets = table.rows.frame[line, place], table.rows.offset[line, place]
         there = frames != NONE
         index = pa.array(np.cumsum(there) - 1, mask=~there)

@@ -218,8 +218,8 @@ def _accuracy(run: RunFiles) -> str:
 
 def _bottleneck(run: RunFiles) -> str:
     eta, update = run.config.get("max_staleness", 0), str(_section(run.config, "weights").get("update", ""))
-    sentence = diagnose(run.steps, max_staleness=eta if isinstance(eta, int) else 0, update=update)
-    return f"<p class='bottleneck'>{escape(sentence)}</p>" if sentence else ""
+    found = diagnose(run.steps, max_staleness=eta if isinstance(eta, int) else 0, update=update)
+    return "" if found is None else f"<p class='bottleneck'>{escape(found.text)}</p>"
 
 
 def _stats(run: RunFiles) -> str:

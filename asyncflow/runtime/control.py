@@ -15,7 +15,7 @@ import os
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,9 @@ from asyncflow.errors import AsyncFlowError, ControlError
 from asyncflow.rundir import SOCKET
 
 MAX_LINE = 1 << 20
-"""Bytes of a request or an answer."""
+"""Bytes of a request …"""
+MAX_ANSWER = 1 << 24
+"""… and of an answer."""
 DEADLINE = 30.0
 """Seconds that either side waits for the other."""
 
@@ -46,19 +48,66 @@ class RunControl(Protocol):
     def set_max_staleness(self, bound: int) -> None:
         """Change the bound, at once for what is admitted and leased from now on."""
 
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        """What every worker does, and what it waits for (`asyncflow.runtime.look.workers`)."""
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        """What every rollout engine serves (`asyncflow.runtime.look.engines`)."""
+
+    def drain(self, worker: str) -> None:
+        """Let one stage's worker, or the feeder, start nothing new: what it has, it finishes. May be called twice."""
+
+    def undrain(self, worker: str) -> None:
+        """Let it go on. May be called twice."""
+
+    def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
+        """What every worker did in the last so many seconds: `worker`, `activity`, `start`, `end` (seconds since the
+        epoch) and `cause`. Of very many pieces of time only the last ones."""
+
+    def shares(self, seconds: float) -> Mapping[str, float]:
+        """Shares of the last so many seconds, in the names of `asyncflow.report.bottleneck`."""
+
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        """Texts or chat messages as the run's own prompts become tokens."""
+
+    def complete(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 16,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        timeout: float = DEADLINE,
+    ) -> Mapping[str, Any]:
+        """Completions of the policy that is served now (`asyncflow.runtime.completions`), beside the rollouts."""
+
+
+CALLS = (
+    "status",
+    "pause",
+    "resume",
+    "stop",
+    "set_max_staleness",
+    "workers",
+    "engines",
+    "drain",
+    "undrain",
+    "timeline",
+    "shares",
+    "tokenise",
+    "complete",
+)
+"""What can be asked for over the socket: the methods of `RunControl`."""
+
 
 class ControlServer:
     """Answers for a run at the socket in its directory."""
 
     def __init__(self, control: RunControl, run_dir: Path) -> None:
         """The caller holds the run directory: a socket that is there was left by a process that has ended."""
-        calls: dict[str, Callable[..., Any]] = {
-            "status": control.status,
-            "pause": control.pause,
-            "resume": control.resume,
-            "stop": control.stop,
-            "set_max_staleness": control.set_max_staleness,
-        }
+        calls: dict[str, Callable[..., Any]] = {name: getattr(control, name) for name in CALLS}
 
         class Handler(socketserver.StreamRequestHandler):
             timeout = DEADLINE
@@ -107,16 +156,58 @@ class ControlClient:
     def set_max_staleness(self, bound: int) -> None:
         self._call("set_max_staleness", bound=bound)
 
-    def _call(self, name: str, **arguments: Any) -> Any:
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        workers: list[dict[str, Any]] = self._call("workers")
+        return workers
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        engines: list[dict[str, Any]] = self._call("engines")
+        return engines
+
+    def drain(self, worker: str) -> None:
+        self._call("drain", worker=worker)
+
+    def undrain(self, worker: str) -> None:
+        self._call("undrain", worker=worker)
+
+    def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
+        spans: list[dict[str, Any]] = self._call("timeline", seconds=seconds)
+        return spans
+
+    def shares(self, seconds: float) -> Mapping[str, float]:
+        shares: dict[str, float] = self._call("shares", seconds=seconds)
+        return shares
+
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        tokens: list[list[int]] = self._call("tokenise", prompts=prompts)
+        return tokens
+
+    def complete(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 16,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        timeout: float = DEADLINE,
+    ) -> Mapping[str, Any]:
+        sampling = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        made: dict[str, Any] = self._call("complete", wait=timeout, prompt=prompt, timeout=timeout, **sampling)
+        return made
+
+    def _call(self, name: str, *, wait: float = 0.0, **arguments: Any) -> Any:
+        """`wait`: seconds that the answer itself may take."""
         if not self._run_dir.is_dir():
             raise ControlError(f"there is no directory {self._run_dir}: name a run directory")
         try:
             with socket.socket(socket.AF_UNIX) as connection, _reachable(self._run_dir) as address:
-                connection.settimeout(DEADLINE)
+                connection.settimeout(DEADLINE + wait)
                 connection.connect(address)
                 connection.sendall(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
                 with connection.makefile("rb") as stream:
-                    answer = json.loads(stream.readline(MAX_LINE))
+                    answer = json.loads(stream.readline(MAX_ANSWER))
         except (FileNotFoundError, ConnectionRefusedError):
             raise ControlError(
                 f"no run is going on in {self._run_dir}: it has ended, or was killed "

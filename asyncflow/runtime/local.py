@@ -14,7 +14,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import shutil
 import signal
 import threading
@@ -32,15 +31,18 @@ from asyncflow.pipeline import Pipeline, open_store, reopen_store
 from asyncflow.placement import pinned
 from asyncflow.plan import Plan
 from asyncflow.rundir import CHECKPOINTS, CONFIG, METRICS, SAMPLES, SUMMARY, TRACE, WEIGHTS
+from asyncflow.runtime import look
 from asyncflow.runtime.checkpoint import Checkpoint, Checkpointer, read, remove_unfinished
-from asyncflow.runtime.control import ControlServer
+from asyncflow.runtime.completions import Completions
+from asyncflow.runtime.control import DEADLINE, ControlServer
 from asyncflow.runtime.metrics import Listener, Metrics, read_metrics
 from asyncflow.runtime.rollout_process import RolloutProcess
 from asyncflow.runtime.samples import SampleLog
+from asyncflow.runtime.serving import ServedStore
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
 from asyncflow.runtime.timeline import Doing, TraceTimeline
 from asyncflow.store.client import Counts
-from asyncflow.store.flight import StoreServer
+from asyncflow.store.home import HomeError
 from asyncflow.store.schema import Stage
 from asyncflow.store.store import EmbeddedStore
 from asyncflow.types import Int32s, PolicyVersion
@@ -50,6 +52,9 @@ from asyncflow.workers.side import RolloutSide, Surroundings, side_here
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped", "failed"]
+
+MOST_SPANS = 20_000
+"""Pieces of time that one answer tells of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,16 +197,18 @@ class _Run:
         self._timeline = TraceTimeline(run_dir / TRACE)
         self._supervisor = Supervisor()
         self._store: EmbeddedStore | None = None
-        self._server: StoreServer | None = None
-        """For the rollout side in a process of its own."""
+        self._served: ServedStore | None = None
+        """The same store, for others."""
         self._pipeline: Pipeline | None = None
         self._checkpointer: Checkpointer | None = None
         self._control: ControlServer | None = None
+        self._completions: Completions | None = None
         self._accuracy: dict[str, float | None] = {"before": None, "after": None}
 
     def work(self) -> None:
         """Everything up to the last evaluation. Leaves the taking down to `close`."""
         learner, self._store = self._begin() if self._going_on is None else self._go_on(self._going_on)
+        self._served = self._serve(self._store)
         if self._plan.config.save_samples:
             after = 0 if self._going_on is None else self._going_on.step
             self._samples = SampleLog(self.run_dir / SAMPLES, self._metrics, after=after)
@@ -220,6 +227,9 @@ class _Run:
             on_done=self._supervisor.finish,
         )
         self._timeline.order(worker.name for worker in pipeline.workers)
+        context = self._plan.config.rollout.max_model_len
+        assert context is not None, "a plan derives it"
+        self._completions = Completions(pipeline.host, self._plan.tokenizer, context=context)
         if isinstance(pipeline.engine, ResumableLearner):
             self._checkpointer = self._make_checkpointer(pipeline, pipeline.engine, self._store)
         pipeline.host.start()
@@ -249,18 +259,26 @@ class _Run:
         if not plan.own_process:
             around = Surroundings(config=plan.config, stage=stage, store=store, heartbeat=heartbeat, timeline=timeline)
             return side_here(plan.make_rollout(), around, canary=canary)
-        token = secrets.token_urlsafe(32)
-        self._server = StoreServer(store, token=token)
+        assert self._served is not None, "a run whose store cannot be served has no other process"
         process = RolloutProcess(
             plan.config,
             plan.model,
             store=store,
-            location=self._server.location,
-            token=token,
+            location=self._served.location,
+            token=self._served.token,
             timeline=timeline,
             canary=canary,
         )
         return process.side
+
+    def _serve(self, store: EmbeddedStore) -> ServedStore | None:
+        try:
+            return ServedStore(store, self.run_dir)
+        except HomeError as error:
+            if self._plan.own_process:
+                raise
+            logger.warning("nobody else can look into the store of this run: %s", error)
+            return None
 
     def _begin(self) -> tuple[None, EmbeddedStore]:
         # The ledger first: whatever happens from here on, the run can be audited.
@@ -386,6 +404,69 @@ class _Run:
         self._store.amend(max_staleness=bound)
         self._metrics.log("set", {"max_staleness": bound})
 
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        return look.workers(self._begun, self._timeline)
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        return look.engines(self._begun, self._plan.config)
+
+    def drain(self, worker: str) -> None:
+        look.drainable(self._begun, worker).drained = True
+        self._metrics.log("set", {"drained": worker})
+
+    def undrain(self, worker: str) -> None:
+        look.drainable(self._begun, worker).drained = False
+        self._metrics.log("set", {"undrained": worker})
+
+    def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
+        return [
+            {
+                "worker": span.track,
+                "activity": span.name,
+                "start": span.began,
+                "end": span.ended,
+                "cause": span.args.get("cause"),
+            }
+            for span in self._timeline.recent(seconds)[-MOST_SPANS:]
+        ]
+
+    def shares(self, seconds: float) -> Mapping[str, float]:
+        return self._timeline.recent_shares(seconds)
+
+    def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
+        if self._completions is None:
+            raise ControlError("the run has not begun yet: try again in a moment")
+        return self._completions.tokenise(prompts)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, str]],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 16,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        timeout: float = DEADLINE,
+    ) -> Mapping[str, Any]:
+        if self._completions is None or self._begun.weights.served is None:
+            raise ControlError("the run serves nothing yet: try again in a moment")
+        return self._completions.complete(
+            prompt,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            timeout=timeout,
+        )
+
+    @property
+    def _begun(self) -> Pipeline:
+        if self._pipeline is None:
+            raise ControlError("the run has not begun yet: try again in a moment")
+        return self._pipeline
+
     def _check_stop(self) -> None:
         if self._stop_asked.is_set():
             raise Stopped
@@ -432,7 +513,7 @@ class _Run:
             _attempt("complete the last checkpoint", self._checkpointer.close)
         if self._control is not None:
             _attempt("close the control socket", self._control.close)
-        if (store := self._server or self._store) is not None:
+        if (store := self._served or self._store) is not None:
             _attempt("close the store", store.close)
         if self._samples is not None:
             _attempt("write the last samples", self._samples.close)

@@ -32,6 +32,7 @@ from asyncflow.runtime.rollout_process import (
     Broken,
     Cancel,
     Done,
+    Drain,
     Ended,
     EndTurn,
     Entered,
@@ -179,6 +180,8 @@ class Child:
             case Go():
                 going = self._supervisor.going
                 (going.set if message.on else going.clear)()
+            case Drain():
+                self._rollouts.drained = message.on
             case GiveUp():
                 self._in_thread(self._rollouts.give_up, message.request_id, message.reason)
             case Reopened():

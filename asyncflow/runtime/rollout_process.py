@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -157,6 +158,12 @@ class Go(Message, frozen=True, kw_only=True):
     on: bool
 
 
+class Drain(Message, frozen=True, kw_only=True):
+    """Start nothing new, or go on with it."""
+
+    on: bool
+
+
 class GiveUp(Message, frozen=True, kw_only=True):
     request_id: str
     reason: str
@@ -230,7 +237,7 @@ class Added(Message, frozen=True, kw_only=True):
     seconds: float
 
 
-ToChild = Ask | Work | Go | GiveUp | Reopened | Cancel
+ToChild = Ask | Work | Go | Drain | GiveUp | Reopened | Cancel
 TimelineEvent = Entered | Left | Began | Ended | Recorded | Added
 ToParent = Answer | Broken | Offered | TimelineEvent
 
@@ -262,6 +269,8 @@ class RolloutProcess:
         """Something has happened to the child, or to the run."""
         self.failure: Exception | None = None
         """Why the child's workers cannot go on."""
+        self.heard: float | None = None
+        """When the child said something last, on the machine's monotonic clock."""
         self._start = Start(
             config=config.model_dump_json(),
             model=str(model),
@@ -361,6 +370,7 @@ class RolloutProcess:
         end = "the process of the rollout engine has ended: its log above says why"
         try:
             for message in link.receive():
+                self.heard = time.monotonic()
                 self._hear(message)
         except Exception as error:
             logger.debug("what the rollout process says", exc_info=error)
@@ -451,6 +461,8 @@ class RemoteHost:
         made: Future[Completion] = Future()
 
         def done(answer: Future[Generated]) -> None:
+            if not made.set_running_or_notify_cancel():
+                return  # nobody wants it any more
             if (error := answer.exception()) is not None:
                 made.set_exception(error)
             else:
@@ -514,8 +526,12 @@ class RemoteRollouts(Worker):
     def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
         """See `Worker`."""
         self._process.tell(Work())
-        on = True
+        on, drained = True, False
         while not stopping.is_set():
+            self.beat = self._process.heard
+            if self.drained is not drained:
+                drained = self.drained
+                self._process.tell(Drain(on=drained))
             if going is not None and going.is_set() is not on:
                 on = going.is_set()
                 self._process.tell(Go(on=on))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.clock import Clock, SystemClock
+from asyncflow.runtime.recent import KEPT, Piece, Recent
 from asyncflow.types import Activity
 
 STAGES = "stages"
@@ -46,6 +47,8 @@ class Doing:
     activity: Activity
     cause: str = ""
     """What it waits for, when it is not busy."""
+    seconds: float = field(default=0.0, compare=False)
+    """For how long it has been so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +66,6 @@ class Span:
     @property
     def seconds(self) -> float:
         return self.ended - self.began
-
-
-_Recorded = tuple[str, str, str, float, float, Mapping[str, Any]]
-"""Track, name, category, began, ended, args."""
 
 
 @dataclass(slots=True)
@@ -120,11 +119,14 @@ class TraceTimeline:
         self._origin = self._clock.wall() - self._clock.monotonic()
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._spans: list[_Recorded] = []
+        self._spans: list[Piece] = []
+        self._recent = Recent(self._clock.monotonic())
         self._doing: dict[str, _Open] = {}
         self._work: dict[int, _Open] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         """Metric → seconds since the last lap."""
+        self._totals: defaultdict[tuple[str, Activity], float] = defaultdict(float)
+        """Track and activity → seconds since the beginning."""
         self._lap_began = self._clock.monotonic()
         self._threads: dict[str, tuple[int, int]] = {}
         """Track → process and thread of the trace."""
@@ -159,6 +161,7 @@ class TraceTimeline:
     def add(self, track: str, name: str, seconds: float) -> None:
         with self._lock:
             self._seconds[f"stage/{track}/{name}"] += seconds
+            self._recent.add(self._clock.monotonic(), f"{track}/{name}", seconds)
 
     def lap(self) -> Mapping[str, float]:
         with self._lock:
@@ -203,11 +206,11 @@ class TraceTimeline:
             del self._work[id(work)]
             now = self._clock.monotonic() if at is None else at
             self._seconds[f"stage/{work.track}/{work.name}"] += max(0.0, now - work.counted)
-            self._spans.append((work.track, work.name, WORK, work.began, now, args))
+            self._keep(Piece(work.track, work.name, WORK, work.began, now, args))
 
     def recorded(self, track: str, name: str, began: float, ended: float, args: Mapping[str, Any]) -> None:
         with self._lock:
-            self._spans.append((track, name, WORK, began, ended, args))
+            self._keep(Piece(track, name, WORK, began, ended, args))
 
     # -- for the runtime -----------------------------------------------------------------------------------------------
 
@@ -220,7 +223,44 @@ class TraceTimeline:
     def doing(self) -> dict[str, Doing]:
         """What every track is doing right now."""
         with self._lock:
-            return {track: Doing(activity=_activity(at.name), cause=at.cause) for track, at in self._doing.items()}
+            now = self._clock.monotonic()
+            return {
+                track: Doing(activity=_activity(at.name), cause=at.cause, seconds=max(0.0, now - at.began))
+                for track, at in self._doing.items()
+            }
+
+    def recent(self, seconds: float) -> list[Span]:
+        """The activities of the last so many seconds (at most `KEPT`) that every track was in, in the order in which
+        they began; those that go on end now."""
+        with self._lock:
+            now = self._clock.monotonic()
+            began = now - min(seconds, KEPT)
+            pieces = [*self._recent.since(began), *self._under_way(now)]
+        return [
+            Span(
+                track=piece.track,
+                name=piece.name,
+                began=self._origin + max(piece.began, began),
+                ended=self._origin + piece.ended,
+                args=piece.args,
+            )
+            for piece in sorted(pieces, key=lambda piece: piece.began)
+            if piece.category == ACTIVITY
+        ]
+
+    def recent_shares(self, seconds: float) -> dict[str, float]:
+        """Shares of the last so many seconds (at most `KEPT`), as `asyncflow.report.bottleneck` wants them."""
+        with self._lock:
+            now = self._clock.monotonic()
+            return self._recent.shares(now, min(seconds, KEPT), self._under_way(now), activity=ACTIVITY)
+
+    def totals(self) -> dict[tuple[str, Activity], float]:
+        """Seconds that each track was in each activity, since this process began."""
+        with self._lock:
+            now = self._clock.monotonic()
+            for doing in self._doing.values():
+                self._count(doing, now)
+            return dict(self._totals)
 
     def leave_all(self) -> None:
         """All tracks stop taking part: the workers have ended."""
@@ -248,16 +288,29 @@ class TraceTimeline:
 
     # -- shares --------------------------------------------------------------------------------------------------------
 
+    def _keep(self, piece: Piece) -> None:
+        self._spans.append(piece)
+        self._recent.keep(piece)
+
+    def _under_way(self, now: float) -> list[Piece]:
+        """What goes on, up to now."""
+        return [
+            Piece(at.track, at.name, category, at.began, max(now, at.began), {"cause": at.cause} if at.cause else {})
+            for category, all_ in ((ACTIVITY, list(self._doing.values())), (WORK, list(self._work.values())))
+            for at in all_
+        ]
+
     def _end(self, doing: _Open | None, now: float) -> None:
         """What a track was doing ends."""
         if doing is not None:
             self._count(doing, now)
             args = {"cause": doing.cause} if doing.cause else {}
-            self._spans.append((doing.track, doing.name, ACTIVITY, doing.began, max(now, doing.began), args))
+            self._keep(Piece(doing.track, doing.name, ACTIVITY, doing.began, max(now, doing.began), args))
 
     def _count(self, doing: _Open, now: float) -> None:
         stage, seconds = f"stage/{doing.track}", max(0.0, now - doing.counted)
         doing.counted = max(now, doing.counted)
+        self._totals[doing.track, _activity(doing.name)] += seconds
         for activity in ("busy", "idle", "blocked"):
             self._seconds[f"{stage}/{activity}"] += seconds if doing.name == activity else 0.0
         if doing.cause:
@@ -268,8 +321,8 @@ class TraceTimeline:
     def _micro(self, monotonic: float) -> int:
         return round((self._origin + monotonic) * MICRO)
 
-    def _lines(self, span: _Recorded) -> Iterator[str]:
-        track, name, category, began, ended, args = span
+    def _lines(self, piece: Piece) -> Iterator[str]:
+        track = piece.track
         pid, tid = self._thread(track)
         if track not in self._named:
             self._named.add(track)
@@ -280,9 +333,9 @@ class TraceTimeline:
             thread = {"ph": "M", "pid": pid, "tid": tid}
             yield _line(thread | {"name": "thread_name", "args": {"name": lane}})
             yield _line(thread | {"name": "thread_sort_index", "args": {"sort_index": tid}})
-        ts = self._micro(began)
-        event = {"ph": "X", "pid": pid, "tid": tid, "ts": ts, "dur": self._micro(ended) - ts, "name": name}
-        yield _line(event | {"cat": category} | ({"args": args} if args else {}))
+        ts = self._micro(piece.began)
+        event = {"ph": "X", "pid": pid, "tid": tid, "ts": ts, "dur": self._micro(piece.ended) - ts, "name": piece.name}
+        yield _line(event | {"cat": piece.category} | ({"args": piece.args} if piece.args else {}))
 
     def _thread(self, track: str) -> tuple[int, int]:
         """Process and thread of a track: the same ones throughout the file."""

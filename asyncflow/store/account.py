@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncflow.errors import LedgerError
-from asyncflow.store.segments import Shelf, segment_of
+from asyncflow.store.segments import segment_of
+from asyncflow.store.shelf import Shelf
 
 
 @dataclass(slots=True)

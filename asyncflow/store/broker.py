@@ -27,7 +27,7 @@ from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.events import Committed, Event, Leased, PutId, Samples
 from asyncflow.store.journal import Durability, Journal
 from asyncflow.store.rows import NONE
-from asyncflow.store.segments import Shelf
+from asyncflow.store.shelf import Shelf
 from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.stat import counts_of, leases_of, staleness_of
 from asyncflow.store.table import Table

@@ -11,12 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asyncflow.store.events import (
-    Awaited,
-    Dropped,
-    Event,
-    Requeued,
-)
+from asyncflow.store.events import Awaited, Dropped, Event, Requeued
 from asyncflow.store.lifecycle import LATE, SHORT_GROUP
 from asyncflow.store.needs import Needs
 from asyncflow.store.rows import Flags, Ids

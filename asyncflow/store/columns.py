@@ -102,3 +102,13 @@ def _version_span(versions: pa.ListArray) -> tuple[list[int | None], list[int | 
         [int(span.min()) if len(span) else None for span in spans],
         [int(span.max()) if len(span) else None for span in spans],
     )
+
+
+def one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
+    """The prompt of each group of rows. Raises StoreError where they differ within a group."""
+    if len(prompts) % size:
+        raise StoreError(f"{len(prompts)} rows are not whole groups of {size} samples")
+    first = np.repeat(np.arange(0, len(prompts), size), size)
+    if not prompts.take(pa.array(first)).equals(prompts):
+        raise StoreError(f"the prompts of each {size} rows in a row are to be the same: they are one group")
+    return prompts.take(pa.array(first[::size]))

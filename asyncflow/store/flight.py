@@ -21,12 +21,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
 from asyncflow.errors import AsyncFlowError, Closed, LeaseLost, StoreError, UserError
 from asyncflow.store import wire
+from asyncflow.store.columns import one_of_each
 from asyncflow.store.frames import check_schema
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
@@ -180,7 +180,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         samples = batch.select([name for name in names if name not in schema.prompt_columns])
         size = self._store.group_size
         if samples.num_columns and size > 1:
-            prompts = _one_of_each(prompts, size)
+            prompts = one_of_each(prompts, size)
         groups = self._store.admit(
             prompts,
             samples if samples.num_columns else None,
@@ -415,16 +415,6 @@ def _check_columns(put: pa.Schema, schema: Schema) -> None:
         check_schema(put)
     except ValueError as error:
         raise StoreError(f"columns do not fit: {error}") from None
-
-
-def _one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
-    """The prompt of each group of rows. Raises StoreError where they differ within a group."""
-    if len(prompts) % size:
-        raise StoreError(f"{len(prompts)} rows are not whole groups of {size} samples")
-    first = np.repeat(np.arange(0, len(prompts), size), size)
-    if not prompts.take(pa.array(first)).equals(prompts):
-        raise StoreError(f"the prompts of each {size} rows in a row are to be the same: they are one group")
-    return prompts.take(pa.array(first[::size]))
 
 
 @contextmanager

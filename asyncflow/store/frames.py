@@ -243,16 +243,16 @@ def read_batch(message: pa.Buffer, schema: pa.Schema) -> pa.RecordBatch:
         parsed = pa.ipc.read_message(message)
     except EOFError:
         raise ValueError("its message is empty") from None
-    if parsed.body is not None and _is_compressed(parsed):
+    if parsed.body is not None and is_compressed(parsed):
         raise ValueError("its body is compressed")
     batch = pa.ipc.read_record_batch(parsed, schema)
     batch.validate(full=True)
     return batch
 
 
-def _is_compressed(message: pa.ipc.Message) -> bool:
+def is_compressed(message: pa.ipc.Message) -> bool:
     """Whether a record batch message names a codec, which is the fourth field of its flatbuffer's header table
-    (https://github.com/apache/arrow/blob/main/format/Message.fbs)."""
+    (https://github.com/apache/arrow/blob/main/format/Message.fbs). Raises ValueError."""
     data = memoryview(message.metadata)
     try:
         return field_of(data, record_batch_of(data), 3) is not None

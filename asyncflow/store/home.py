@@ -1,9 +1,9 @@
-"""The directory of a store that has a server of its own (`asyncflow store serve`).
+"""The directory of a store that others reach: one with a server of its own (`asyncflow store serve`), or a run's.
 
 <home>/ledger.sqlite, data/     what every store has
 <home>/token                    what clients need to be let in; for its owner only
 <home>/store.json               where the server is, for other commands on this host (`Address`)
-<home>/lock                     locked by the server that serves it
+<home>/lock                     locked by the process that serves it
 """
 
 from __future__ import annotations
@@ -42,17 +42,13 @@ class HomeError(UserError):
     """A directory that cannot be that of a store. The message says what to do."""
 
 
-class Home:
-    """A directory that this process alone serves, until `close`."""
+class ServedFolder:
+    """A directory whose store this process alone serves, until `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the directory, not its parents. Raises HomeError when it cannot be made or written, is a run's, or has
-        a server."""
+        """Raises HomeError when the directory cannot be written, or has a server."""
         self.path = path
-        if (path / CONFIG).exists():
-            raise HomeError(f"{path} is the directory of a run, which has its own store: name another one")
         try:
-            path.mkdir(exist_ok=True)
             self._lock = _open_private(path / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise HomeError(f"{path} cannot hold a store ({error.strerror}): name a directory to write to") from None
@@ -88,30 +84,6 @@ class Home:
         except (OSError, msgspec.MsgspecError):
             return None
 
-    def open_store(self, spec: StoreSpec | None, durability: Durability) -> EmbeddedStore:
-        """The store that is there, with its leases, or a new one.
-
-        Raises LedgerError for one that cannot be read, and HomeError for one that is not what `spec` says, or whose
-        samples were only in memory.
-        """
-        ledger, data = self.path / LEDGER, self.path / DATA
-        if not ledger.exists():
-            new = spec or StoreSpec()
-            folder = None if durability == "memory" else data
-            return EmbeddedStore.create(new.make_schema(), new.terms, ledger=ledger, data=folder, durability=durability)
-        with LedgerReader(ledger) as reader:
-            found = None if spec is None else difference(reader.schema, reader.terms(), spec)
-        if found is not None:
-            raise HomeError(
-                f"{self.path} holds a store that is not what the file says: {found}. Name another directory"
-            )
-        if durability == "memory" or not data.is_dir():
-            why = "had its samples in memory, and they are gone:"
-            if data.is_dir():
-                why = "has its samples on disk: choose durability process, or"
-            raise HomeError(f"the store in {self.path} {why} name another directory")
-        return EmbeddedStore.restart(ledger=ledger, data=data, durability=durability)
-
     def token(self, file: Path | None = None) -> str:
         """What is in `file`, or in the one here, which is made when it is not there. Raises HomeError."""
         if file is not None:
@@ -138,12 +110,60 @@ class Home:
         except OSError as error:
             raise HomeError(f"{path} cannot be written ({error.strerror}): see that its disk has room") from None
 
+    def retire(self) -> None:
+        """Let nobody in any more, and leave nothing behind of what let them in."""
+        for name in (ADDRESS, TOKEN, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        self.close()
+
+
+class Home(ServedFolder):
+    """The directory of a store that belongs to nobody but its server."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes the directory, not its parents. Raises HomeError as `ServedFolder` does, when it cannot be made, and
+        when it is a run's."""
+        if (path / CONFIG).exists():
+            raise HomeError(f"{path} is the directory of a run, which has its own store: name another one")
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise HomeError(f"{path} cannot hold a store ({error.strerror}): name a directory to write to") from None
+        super().__init__(path)
+
+    def open_store(self, spec: StoreSpec | None, durability: Durability) -> EmbeddedStore:
+        """The store that is there, with its leases, or a new one.
+
+        Raises LedgerError for one that cannot be read, and HomeError for one that is not what `spec` says, or whose
+        samples were only in memory.
+        """
+        ledger, data = self.path / LEDGER, self.path / DATA
+        if not ledger.exists():
+            new = spec or StoreSpec()
+            folder = None if durability == "memory" else data
+            return EmbeddedStore.create(new.make_schema(), new.terms, ledger=ledger, data=folder, durability=durability)
+        with LedgerReader(ledger) as reader:
+            found = None if spec is None else difference(reader.schema, reader.terms(), spec)
+        if found is not None:
+            raise HomeError(
+                f"{self.path} holds a store that is not what the file says: {found}. Name another directory"
+            )
+        if durability == "memory" or not data.is_dir():
+            why = "had its samples in memory, and they are gone:"
+            if data.is_dir():
+                why = "has its samples on disk: choose durability process, or"
+            raise HomeError(f"the store in {self.path} {why} name another directory")
+        return EmbeddedStore.restart(ledger=ledger, data=data, durability=durability)
+
 
 def address_of(home: Path) -> Address:
-    """Where the server of a directory is. Raises HomeError for no such directory, Unreachable when it has no server."""
+    """Where the server of a store's directory, or of a run's, is. Raises HomeError for no such directory, Unreachable
+    when it has no server."""
     if not home.is_dir():
         raise HomeError(f"there is no directory {home}: name that of a store, or its location (grpc://host:port)")
     if not has_writer(home / LOCK):
+        if (home / CONFIG).exists():
+            raise Unreachable(f"nobody serves {home}: its run has ended, or was killed (`asyncflow resume {home}`)")
         raise Unreachable(f"nobody serves {home}: start `asyncflow store serve --path {home}`")
     try:
         address = msgspec.json.decode((home / ADDRESS).read_bytes(), type=Address)

@@ -29,10 +29,11 @@ from asyncflow.store.columns import about_tokens, conform, prompt_tokens, same_l
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import Committed, Opened, PutId, Samples
 from asyncflow.store.journal import Durability, Journal, LedgerReader
+from asyncflow.store.memory_frames import MemoryFrames
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.rows import NONE
 from asyncflow.store.schema import Schema
-from asyncflow.store.segments import MemoryFrames, SegmentFolder
+from asyncflow.store.shelf import SegmentFolder
 from asyncflow.store.snapshot import Snapshots
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion

@@ -49,13 +49,7 @@ from asyncflow.store.events import (
     Served,
 )
 from asyncflow.store.image import Image
-from asyncflow.store.lifecycle import (
-    HAS_DIED,
-    RAN_OUT,
-    RESERVED,
-    SHORT_GROUP,
-    STRAGGLER,
-)
+from asyncflow.store.lifecycle import HAS_DIED, RAN_OUT, RESERVED, SHORT_GROUP, STRAGGLER
 from asyncflow.store.samplers import NUMBER
 from asyncflow.store.schema import Schema
 from asyncflow.store.state import LeaseRecord

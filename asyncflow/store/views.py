@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from asyncflow.errors import LeaseLost, StoreError
 from asyncflow.store.client import Place
-from asyncflow.store.events import (
-    PutId,
-)
+from asyncflow.store.events import PutId
 from asyncflow.store.lifecycle import OPEN_STATES, STATES, State
 from asyncflow.store.rows import NONE, Flags, Ids, Row
 from asyncflow.store.samplers import NUMBER

@@ -186,6 +186,13 @@ class Attestation:
         self._since = self._clock.monotonic()
         """When that was."""
 
+    @property
+    def holds(self) -> bool | None:
+        """Whether the engine served what it says when this was last looked at; None: it was not yet."""
+        if self._faults:
+            return False
+        return None if self._attested is None else True
+
     def published(self, snapshot: WeightSnapshot) -> None:
         """The learner has new weights."""
         if not self._enough:

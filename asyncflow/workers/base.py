@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -26,7 +27,9 @@ PATIENCE = 0.5
 """Seconds for which a turn waits for something to do, before it looks whether the run is being stopped."""
 
 PAUSE = "pause"
-"""What a worker waits for while the run is paused."""
+"""What a worker waits for while the run is paused …"""
+DRAIN = "drain"
+"""… and while somebody has asked it to start nothing."""
 
 LEASE_TTL = 30.0
 """Seconds after which the rows of a worker that gives no sign of life go to another one."""
@@ -38,13 +41,17 @@ class Worker(ABC):
     name: str
     pauses: ClassVar[bool] = False
     """Whether it makes no turns while the run is paused: who starts something does, who finishes something does not."""
+    drained: bool = False
+    """Whether it makes no turns until somebody takes this back: what it has, it finishes."""
+    beat: float | None = None
+    """When it was last seen to live, on the machine's monotonic clock; None before it has begun."""
 
     @abstractmethod
     def turn(self) -> None:
         """Wait at most about `PATIENCE` seconds for something to do, and do it."""
 
-    def paused(self) -> None:  # noqa: B027
-        """Called from time to time while the run is paused."""
+    def paused(self, cause: str) -> None:  # noqa: B027
+        """Called from time to time while it makes no turns, with the reason: `PAUSE` or `DRAIN`."""
 
     def run(self, stopping: threading.Event, going: threading.Event | None = None) -> None:
         """Make turns until the run stops or the store closes; those who pause make none while `going` is not set.
@@ -53,10 +60,14 @@ class Worker(ABC):
         """
         try:
             while not stopping.is_set():
-                if going is None or not self.pauses or going.is_set():
+                self.beat = time.monotonic()
+                if self.drained:
+                    self.paused(DRAIN)
+                    stopping.wait(PATIENCE)
+                elif going is None or not self.pauses or going.is_set():
                     self.turn()
                 else:
-                    self.paused()
+                    self.paused(PAUSE)
                     going.wait(PATIENCE)
         except Closed:
             if not stopping.is_set():
@@ -198,8 +209,8 @@ class StageWorker(Worker):
         """Say in the timeline that there is nothing to do, and why."""
         self.timeline.enter(self.name, "idle", self.store.awaited(self.name))
 
-    def paused(self) -> None:
-        self.timeline.enter(self.name, "blocked", PAUSE)
+    def paused(self, cause: str) -> None:
+        self.timeline.enter(self.name, "blocked", cause)
 
     def turn(self) -> None:
         room = self.room()

@@ -12,7 +12,7 @@ from asyncflow.store.client import StoreClient
 from asyncflow.store.schema import COLUMNS, PROMPT_COLUMNS
 from asyncflow.store.topics import ADMISSION
 from asyncflow.types import Int32s, Prompt, Timeline
-from asyncflow.workers.base import PATIENCE, PAUSE, Worker
+from asyncflow.workers.base import PATIENCE, Worker
 
 
 class Feeder(Worker):
@@ -30,8 +30,8 @@ class Feeder(Worker):
         self._timeline = timeline
         self._next: pa.RecordBatch | None = None
 
-    def paused(self) -> None:
-        self._timeline.enter(self.name, "blocked", PAUSE)
+    def paused(self, cause: str) -> None:
+        self._timeline.enter(self.name, "blocked", cause)
 
     def turn(self) -> None:
         if self._next is None:

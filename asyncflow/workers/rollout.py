@@ -178,10 +178,10 @@ class RolloutWorker(StageWorker):
         with self._changed:
             self._rest()
 
-    def paused(self) -> None:
+    def paused(self, cause: str) -> None:
         with self._changed:
             if len(self._lanes) == self._places:
-                super().paused()
+                super().paused(cause)
 
     def _rest(self) -> None:
         """Say in the timeline why nothing runs, when that is so. Under the lock."""

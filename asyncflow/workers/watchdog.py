@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from asyncflow.clock import Clock, SystemClock
@@ -107,9 +107,11 @@ class Watchdog(Worker):
         *,
         rollout_timeout: float,
         stall_timeout: float,
+        resting: Callable[[], bool] = lambda: False,
         clock: Clock | None = None,
     ) -> None:
-        """Timeouts in seconds."""
+        """Timeouts in seconds. `resting`: whether somebody wants it so that nothing happens."""
+        self._resting = resting
         self._store = store
         self._host = host
         self._rollout = rollout
@@ -128,7 +130,7 @@ class Watchdog(Worker):
 
     def turn(self) -> None:
         now = self._clock.monotonic()
-        if now - self._turned > AWAY:
+        if now - self._turned > AWAY or self._resting():
             self._progress = Progress(now)
         self._turned = now
         self.look()

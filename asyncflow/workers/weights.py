@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from asyncflow.engines.base import WeightSnapshot
+from asyncflow.engines.base import Served, WeightSnapshot
 from asyncflow.engines.weights.channel import WeightChannel
 from asyncflow.store.client import StoreClient
 from asyncflow.store.topics import WEIGHTS
@@ -43,7 +43,8 @@ class WeightFollower(Worker):
         self._mode = mode
         self._on_served = on_served
         self._fresh = fresh
-        self._served: PolicyVersion | None = None
+        self.served: Served | None = None
+        """What the engine said after the last load."""
 
     def turn(self) -> None:
         self._timeline.enter(self.name, "idle", PUBLISHER)
@@ -56,7 +57,7 @@ class WeightFollower(Worker):
         """
         # What the learner publishes at the end of its turn is loaded anyway, and the engine must sleep until then.
         again = self._fresh.closed and not self._host.suspended
-        snapshot = self._channel.latest() if again else self._channel.wait_newer(self._served, timeout)
+        snapshot = self._channel.latest() if again else self._channel.wait_newer(self._version, timeout)
         if snapshot is None:
             return
         self._timeline.enter(self.name, "busy")
@@ -65,10 +66,14 @@ class WeightFollower(Worker):
         finally:
             self._timeline.leave(self.name)
 
+    @property
+    def _version(self) -> PolicyVersion | None:
+        return None if self.served is None else self.served.version
+
     def _load(self, snapshot: WeightSnapshot) -> None:
         asked, began = self._fresh.closed, time.monotonic()
         served = self._host.load(snapshot, self._mode)
-        self._served = served.version
+        self.served = served
         if asked:
             self._fresh.reopen()
         if self._host.canary is not None:

@@ -17,7 +17,8 @@ from asyncflow.store.events import Event, Opened, from_json
 from asyncflow.store.frames import BATCH, HEADER_BYTES, OFFSET_BITS, SCHEMA, Encoder, Header, aligned
 from asyncflow.store.image import Image
 from asyncflow.store.journal import Record
-from asyncflow.store.segments import Shelf, _parse, gather, segment_of
+from asyncflow.store.segments import _parse, gather, segment_of
+from asyncflow.store.shelf import Shelf
 from tests.test_table_model import insist
 
 from .world import Killed, Process, World

@@ -1,0 +1,1 @@
+"""Jobs: their states, where they are kept, and who starts them."""

@@ -1,0 +1,199 @@
+"""What a job has said and left: events, logs, checkpoints, the report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from asyncflow_api import sse
+from asyncflow_api.dependencies import Reads, TheJobs, served
+from asyncflow_api.jobs.events import Cursor
+from asyncflow_api.jobs.log import LogReader
+from asyncflow_api.jobs.service import Jobs
+from asyncflow_api.pages import CursorText, Limit, Page, page_of, position
+from asyncflow_api.problems import Problem
+from asyncflow_api.schemas import CheckpointBody, EventBody, ListedJob, event_body, rfc3339
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+
+from asyncflow.errors import CheckpointError
+from asyncflow.rundir import CHECKPOINTS
+from asyncflow.runtime.checkpoint import read
+
+router = APIRouter(prefix="/v1", tags=["history"])
+
+LastEventId = Annotated[
+    str | None, Header(max_length=64, description="Where a stream goes on: the id of the last event that came.")
+]
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}, "description": "A page, or a stream of events"}
+}
+REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'self'"
+MOST_EVENTS = 200
+"""Events that are read at once for a stream."""
+LOG_PIECE = 1 << 16
+"""Bytes of a log that are read at once."""
+
+
+@router.get("/jobs/{job_id}/events", response_model=Page[EventBody], responses=STREAM)
+def events(
+    job_id: str,
+    request: Request,
+    jobs: TheJobs,
+    _: Reads,
+    *,
+    cursor: CursorText = None,
+    limit: Limit = 20,
+    last_event_id: LastEventId = None,
+) -> Page[EventBody] | Response:
+    """Events, oldest first: a page, or with `Accept: text/event-stream` all of them and then those that come.
+
+    Where a stream is over because the job has ended, its last event is `end`.
+    """
+    jobs.get(job_id)
+    if wants_stream(request):
+        return event_stream(jobs, job_id, _cursor(last_event_id or cursor))
+    after = _cursor(position("events", cursor))
+    found, _at = jobs.events_after(job_id, after, limit + 1)
+    return page_of("events", [event_body(one) for one in found], limit, [one.id for one in found])
+
+
+def event_stream(jobs: Jobs, job_id: str, start: Cursor) -> Response:
+    def read_more(at: Cursor) -> sse.Batch:
+        ended = jobs.get(job_id).ended  # before the events are read: none comes after
+        found, after = jobs.events_after(job_id, at, MOST_EVENTS)
+        batch = b"".join(sse.encode(one.type, event_body(one), one.id) for one in found)
+        over = ended and not found
+        return (sse.encode("end", {"job_id": job_id}) if over else batch), after, over
+
+    answer: Response = sse.stream(start, read_more, lambda: jobs.news(job_id))
+    return answer
+
+
+@router.get("/events", responses=STREAM, response_class=Response)
+def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId = None) -> Response:
+    """A stream of all jobs: event `job` with a job as lists have it, `deleted` with its id; from now on, or a point on.
+
+    What changed in between is told once, as it is by then.
+    """
+    if not wants_stream(request):
+        raise Problem(406, "only_a_stream", "send Accept: text/event-stream", field="header.accept")
+    start = jobs.database.last_event()
+    if last_event_id is not None:
+        if not last_event_id.isdecimal() or len(last_event_id) > 18:
+            raise _bad_id()
+        start = int(last_event_id)
+
+    def read_more(at: int) -> sse.Batch:
+        found = jobs.database.all_events(after=at, limit=MOST_EVENTS)
+        latest = {one.job_id: one for one in found}
+        batch = b""
+        for one in latest.values():
+            if one.type == "deleted":
+                batch += sse.encode("deleted", {"id": one.job_id}, str(one.seq))
+            else:
+                batch += _listed(jobs, one.job_id, one.seq)
+        return batch, (found[-1].seq if found else at), False
+
+    answer: Response = sse.stream(start, read_more, lambda: jobs.database.changes)
+    return answer
+
+
+def _listed(jobs: Jobs, job_id: str, seq: int) -> bytes:
+    rows = jobs.database.read("SELECT 1 FROM jobs WHERE id=?", job_id)
+    if not rows:
+        return b""  # its deletion is told next
+    told: bytes = sse.encode("job", ListedJob(**served(jobs, jobs.get(job_id)).model_dump()), str(seq))
+    return told
+
+
+@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=STREAM)
+def logs(
+    job_id: str,
+    request: Request,
+    jobs: TheJobs,
+    _: Reads,
+    *,
+    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None,
+    offset: Annotated[int | None, Query(ge=0, le=1 << 50, description="From this byte of the log on.")] = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What the process wrote to its terminal, at most 1 MiB at once; `X-Next-Offset` is where it goes on.
+
+    With `Accept: text/event-stream` a stream: events `log` with `text`, whose ids are offsets.
+    """
+    job = jobs.get(job_id)
+    log = LogReader(jobs.folder(job_id).log, jobs.redactor(job))
+    start = offset if offset is not None else log.last_lines(tail) if tail is not None else 0
+    if not wants_stream(request):
+        text, after = log.read(start, 1 << 20, ended=job.ended)
+        return PlainTextResponse(text, headers={"X-Next-Offset": str(after)})
+    if last_event_id is not None:
+        if not last_event_id.isdecimal() or len(last_event_id) > 15:
+            raise _bad_id()
+        start = int(last_event_id)
+
+    def read_more(at: int) -> sse.Batch:
+        ended = jobs.get(job_id).ended
+        text, after = log.read(at, LOG_PIECE, ended=ended)
+        over = ended and after == at
+        if after == at:
+            return (sse.encode("end", {"job_id": job_id}) if over else b""), at, over
+        return sse.encode("log", {"text": text, "offset": after}, str(after)), after, False
+
+    answer: Response = sse.stream(start, read_more, lambda: (jobs.database.changes, log.size()))
+    return answer
+
+
+@router.get("/jobs/{job_id}/checkpoints")
+def checkpoints(
+    job_id: str, jobs: TheJobs, _: Reads, cursor: CursorText = None, limit: Limit = 20
+) -> Page[CheckpointBody]:
+    """Complete checkpoints of a run, oldest first."""
+    after = position("checkpoints", cursor) or ""
+    folders = sorted((jobs.run_dir(job_id) / CHECKPOINTS).glob("step-*"))
+    found: list[CheckpointBody] = []
+    for folder in folders:
+        if folder.name > after and len(found) <= limit:
+            try:
+                one = read(folder)
+                found.append(
+                    CheckpointBody(
+                        id=folder.name,
+                        step=one.version.n,
+                        version=str(one.version),
+                        digest=one.digest,
+                        bytes=sum(size for size, _digest in one.files.values()),
+                        created_at=rfc3339(folder.stat().st_mtime),
+                    )
+                )
+            except (CheckpointError, OSError):
+                continue  # it was removed in this moment, as newer ones are there
+    return page_of("checkpoints", found, limit, [one.id for one in found])
+
+
+@router.get("/jobs/{job_id}/report", response_class=FileResponse)
+def report(job_id: str, jobs: TheJobs, _: Reads) -> Response:
+    """The report of a run that has ended, as a page that can do nothing but be looked at."""
+    path = jobs.report(job_id)
+    if path is None:
+        raise Problem(404, "no_report", "there is no report: it is written when the run ends, if it had begun")
+    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
+
+
+def wants_stream(request: Request) -> bool:
+    """Whether the client asked for server-sent events."""
+    return sse.MEDIA_TYPE in request.headers.get("accept", "")
+
+
+def _cursor(text: str | None) -> Cursor:
+    if text is None:
+        return Cursor()
+    try:
+        return Cursor.parse(text)
+    except ValueError:
+        raise _bad_id() from None
+
+
+def _bad_id() -> Problem:
+    text = "Last-Event-ID: take it from the last event that came, or leave it out"
+    return Problem(400, "bad_cursor", text, field="header.last-event-id")

@@ -1,0 +1,331 @@
+"""One run as the routes see it: everything that can be asked of a run directory, live or ended.
+
+What is known for ever comes from the ledger and the files; what is so just now comes from the process of the run, over
+its socket and its store. A run that does not go on answers all but the latter.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import pyarrow as pa
+from fastapi import Depends, Request
+
+from asyncflow.errors import ControlError, DataError, StoreError, UserError
+from asyncflow.report.bottleneck import Bottleneck, bottleneck, diagnose
+from asyncflow.report.follow import Follower
+from asyncflow.report.measured import Measured
+from asyncflow.report.queue import Queue, queue_of
+from asyncflow.report.samples import Samples
+from asyncflow.rundir import CONFIG, DATA, LEDGER, METRICS, TRACE
+from asyncflow.runtime.control import ControlClient
+from asyncflow.runtime.metrics import read_metrics
+from asyncflow.runtime.timeline import Span, read_trace
+from asyncflow.store.client import Lease, Stat
+from asyncflow.store.events import PutId
+from asyncflow.store.home import address_of, read_token
+from asyncflow.store.remote import connect
+from asyncflow.store.schema import Schema
+from asyncflow.store.store import Store
+
+PATIENCE: Final = 2.0
+"""Seconds for which a store that does not answer is waited for."""
+WINDOW: Final = 60.0
+"""Seconds over which it is said what holds a live run up."""
+FRESH: Final = 0.2
+"""Seconds for which a look at a live run is the same for everybody."""
+REMEMBERED: Final = 64
+"""Runs whose ledgers are kept in memory."""
+EXTERNAL: Final = "external/"
+"""What the store calls a worker outside begins so: it cannot be taken for one of the run's own."""
+ACTIVITIES: Final = ("busy", "idle", "blocked")
+MOST_SPANS: Final = 20_000
+
+
+class NotBegun(UserError):
+    """A run that has no ledger yet."""
+
+
+class NotLive(ControlError):
+    """A run that does not go on."""
+
+
+class NoRoom(StoreError):
+    """A put that the run cannot take now."""
+
+
+class NotYours(StoreError):
+    """A lease that belongs to one of the run's own workers, or to nobody any more."""
+
+
+class RunView:
+    """Thread-safe."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Reads nothing yet."""
+        self.run_dir = run_dir
+        self.control = ControlClient(run_dir)
+        self.measured = Measured(run_dir)
+        self.samples = Samples(run_dir, self._follower_of(run_dir), store=self._store_if_there)
+        self._lock = threading.Lock()
+        self._connected: tuple[str, Store] | None = None
+        self._status: tuple[float, Mapping[str, Any] | None] = -FRESH, None
+
+    def _follower_of(self, run_dir: Path) -> Follower:
+        self.follower = Follower(run_dir)
+        return self.follower
+
+    def close(self) -> None:
+        """Let go of the store. May be called twice."""
+        with self._lock:
+            connected, self._connected = self._connected, None
+        if connected is not None:
+            connected[1].close()
+
+    # -- as it is now --------------------------------------------------------------------------------------------------
+
+    def status(self) -> Mapping[str, Any] | None:
+        """What the run says of itself; None when it does not go on."""
+        now = time.monotonic()
+        if now - self._status[0] >= FRESH:
+            found: Mapping[str, Any] | None = None
+            with suppress(ControlError):
+                found = self.control.status()
+            self._status = now, found
+        return self._status[1]
+
+    @property
+    def live(self) -> bool:
+        return self.status() is not None
+
+    def check_live(self) -> None:
+        """Raises NotLive."""
+        if not self.live:
+            raise NotLive("this run does not go on: it has not begun yet, or has ended")
+
+    def check_begun(self) -> None:
+        """Raises NotBegun."""
+        if not (self.run_dir / LEDGER).is_file():
+            raise NotBegun("this run has not begun yet: try again when its job is running")
+
+    def queue(self) -> Queue:
+        """Raises NotBegun, LedgerError."""
+        self.check_begun()
+        live = self.live
+        stat = self._stat() if live else None
+        with self.follower.lock:
+            self.follower.catch_up()
+            return queue_of(self.follower, now=time.time() if live else None, stat=stat, size=self._size())
+
+    def bottleneck(self, queue: Queue) -> Bottleneck | None:
+        """What holds the run up, or did; None when there were too few steps to say."""
+        if not self.live:
+            steps = read_metrics(self.run_dir / METRICS, "step")
+            return diagnose(steps, max_staleness=queue.max_staleness, update=self._update)
+        with self.follower.lock:
+            if len(self.follower.steps) < 2:
+                return None
+            # In the first step everything fills up.
+            filled = time.time() - self.follower.steps[0].at
+        with suppress(ControlError):
+            shares = self.control.shares(min(WINDOW, filled))
+            return bottleneck(shares, max_staleness=queue.max_staleness, update=self._update)
+        return None
+
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        """None of a run that does not go on."""
+        with suppress(ControlError):
+            return self.control.workers()
+        return ()
+
+    def engines(self) -> Sequence[Mapping[str, Any]]:
+        """None of a run that does not go on."""
+        with suppress(ControlError):
+            return self.control.engines()
+        return ()
+
+    def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
+        """What every worker did in the last so many seconds of the run."""
+        with suppress(ControlError):
+            return self.control.timeline(seconds)
+        last: deque[Span] = deque(maxlen=MOST_SPANS)
+        end = 0.0
+        for span in read_trace(self.run_dir / TRACE):
+            if span.name in ACTIVITIES and "/" not in span.track:
+                last.append(span)
+                end = max(end, span.ended)
+        return [
+            {
+                "worker": span.track,
+                "activity": span.name,
+                "start": span.began,
+                "end": span.ended,
+                "cause": span.args.get("cause"),
+            }
+            for span in last
+            if span.ended > end - seconds
+        ]
+
+    # -- producers and consumers outside -------------------------------------------------------------------------------
+
+    @property
+    def schema(self) -> Schema:
+        """Raises NotBegun, LedgerError."""
+        self.check_begun()
+        with self.follower.lock:
+            self.follower.catch_up()
+            return self.follower.table.schema
+
+    @property
+    def group_size(self) -> int:
+        self.check_begun()
+        with self.follower.lock:
+            self.follower.catch_up()
+            return self.follower.table.group_size
+
+    def tokenise(self, prompts: list[Any]) -> Sequence[Sequence[int]]:
+        """As the run does. Raises NotLive, DataError."""
+        self.check_live()
+        try:
+            return self.control.tokenise(prompts)
+        except ControlError as error:
+            raise DataError(str(error)) from error
+
+    def put(
+        self, prompts: pa.RecordBatch, samples: pa.RecordBatch | None, *, put: PutId | None, timeout: float
+    ) -> tuple[int, ...]:
+        """Ids of the new groups. Raises NotLive, NoRoom, StoreError."""
+        store = self._store()
+        groups = store.admit(prompts, samples, put=put, timeout=timeout)
+        if groups is None:
+            raise NoRoom(f"there is no room for so many now (it waits for: {store.awaited('admission')}): try again")
+        return groups
+
+    def lease(
+        self, stage: str, *, worker: str, max_rows: int, min_rows: int, ttl: float, timeout: float
+    ) -> Lease | None:
+        """Raises NotLive, StoreError."""
+        store = self._store()
+        if stage not in store.schema.stages:
+            raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(store.schema.stages)}")
+        if stage == store.schema.train.name:
+            raise StoreError(f"{stage} is the learner's: only it can say what is in the weights. Take another stage")
+        return store.lease(
+            stage, worker=EXTERNAL + worker, max_rows=max_rows, min_rows=min_rows, ttl=ttl, timeout=timeout
+        )
+
+    def stage_of(self, lease_id: int) -> str:
+        """Of a lease that a worker outside has. Raises NotYours."""
+        self.check_begun()
+        with self.follower.lock:
+            self.follower.catch_up()
+            lease = self.follower.table.leases.get(lease_id)
+            if lease is None or not lease.worker.startswith(EXTERNAL):
+                raise NotYours(f"lease {lease_id} has ended, or was not given out over HTTP: take a new one")
+            return lease.stage
+
+    def renew(self, lease_id: int, *, ttl: float) -> None:
+        """Raises NotLive, NotYours, LeaseLost."""
+        self.stage_of(lease_id)
+        self._store().renew(lease_id, ttl=ttl)
+
+    def ack(self, lease_id: int, ids: Sequence[int], columns: pa.RecordBatch | None) -> None:
+        """Raises NotLive, NotYours, LeaseLost, StoreError."""
+        self.stage_of(lease_id)
+        self._store().ack(lease_id, ids, columns)
+
+    def nack(self, lease_id: int, ids: Sequence[int], *, reason: str, final: bool) -> None:
+        """Raises NotLive, NotYours, LeaseLost."""
+        self.stage_of(lease_id)
+        self._store().nack(lease_id, ids, reason=reason, final=final)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _store(self) -> Store:
+        """A client of the run's store. Raises NotLive, StoreError."""
+        try:
+            address = address_of(self.run_dir)
+            token = read_token(Path(address.token_file))
+        except (UserError, StoreError) as error:
+            raise NotLive(f"the store of this run cannot be reached: {error}") from error
+        name = f"{address.location} {token}"
+        with self._lock:
+            if self._connected is not None:
+                if self._connected[0] == name:
+                    return self._connected[1]
+                self._connected[1].close()
+                self._connected = None
+            store = connect(address.location, token=token, patience=PATIENCE, local=False)
+            self._connected = name, store
+            return store
+
+    def _store_if_there(self) -> Store | None:
+        with suppress(NotLive, StoreError):
+            return self._store()
+        return None
+
+    def _stat(self) -> Stat | None:
+        with suppress(NotLive, StoreError):
+            return self._store().stat()
+        return None
+
+    def _size(self) -> int:
+        return sum(path.stat().st_blocks * 512 for path in (self.run_dir / DATA).glob("*.segment"))
+
+    @property
+    def _update(self) -> str:
+        try:
+            config = json.loads((self.run_dir / CONFIG).read_text(encoding="utf-8"))
+            return str(config["weights"]["update"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
+
+
+class Runs:
+    """The views of the runs that somebody has looked at lately. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._views: OrderedDict[Path, RunView] = OrderedDict()
+
+    def view(self, run_dir: Path) -> RunView:
+        gone: list[RunView] = []
+        with self._lock:
+            view = self._views.pop(run_dir, None) or RunView(run_dir)
+            self._views[run_dir] = view
+            while len(self._views) > REMEMBERED:
+                gone.append(self._views.popitem(last=False)[1])
+        for one in gone:
+            one.close()
+        return view
+
+    def close(self) -> None:
+        """May be called twice."""
+        with self._lock:
+            views, self._views = list(self._views.values()), OrderedDict()
+        for view in views:
+            view.close()
+
+
+def the_runs(request: Request) -> Runs:
+    """Of the application: `app.state.runs`."""
+    runs: Runs = request.app.state.runs
+    return runs
+
+
+TheRuns = Annotated[Runs, Depends(the_runs)]
+
+
+def the_view(job_id: str, request: Request, runs: TheRuns) -> RunView:
+    """The run of the job in the path. Raises NoSuchJob."""
+    return runs.view(request.app.state.jobs.run_dir(job_id))
+
+
+TheView = Annotated[RunView, Depends(the_view)]

@@ -1,0 +1,673 @@
+"""The dashboard in a real browser.
+
+`service` is what the page talks to: an address, tokens, and a job that runs. The tests that take only this hold for any
+service with the contract's routes; those that take `backend` make it do what a real one seldom does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import pytest
+from asyncflow_api.routes.dashboard import STATIC, make_router
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
+
+from tests.browser import NO_BROWSER, Watch, arguments, find_chromium, seen_at, violations, watch_for
+from tests.dashboard_backend import Backend, serving
+from tests.dashboard_run import HOSTILE
+
+DEADLINE = 20_000
+"""Milliseconds for what has to appear at all."""
+LIVE = 0.5
+"""Seconds after which a change on the server has to be on the page."""
+REFUSED = "401 (Unauthorized)"
+DESKTOP, PHONE = (1440, 900), (390, 844)
+
+Scheme = Literal["light", "dark"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """Something that answers at `url`."""
+
+    url: str
+    token: str
+    job_id: str
+    """A job that runs."""
+    read_token: str
+
+    def api(self) -> httpx.Client:
+        """Another client than the page."""
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.token}"}, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = find_chromium()
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def service(backend: Backend) -> Iterator[Service]:
+    with serving(backend) as url:
+        yield Service(url=url, token="admin-token", job_id="job_0001", read_token="read-token")
+
+
+Opens = Callable[..., Page]
+
+
+@pytest.fixture
+def watch(service: Service) -> Watch:
+    return Watch(origin=service.url)
+
+
+@pytest.fixture
+def opens(browser: Browser, service: Service, watch: Watch) -> Iterator[Opens]:
+    """Opens the dashboard as a new visitor; at the end, no page may have complained or asked anybody else."""
+    contexts = []
+
+    def visit(size: tuple[int, int] = DESKTOP, scheme: Scheme = "light", still: bool = False) -> Page:
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]},
+            color_scheme=scheme,
+            reduced_motion="reduce" if still else "no-preference",
+            has_touch=size == PHONE,
+        )
+        contexts.append(context)
+        context.set_default_timeout(DEADLINE)
+        watch.over(context)
+        page = context.new_page()
+        page.goto(service.url)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert watch.wrong == []
+
+
+def log_in(page: Page, token: str) -> None:
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+
+
+def show(page: Page, address: str) -> None:
+    """Go to a page of the dashboard as a link would."""
+    page.evaluate("address => { location.hash = address }", address)
+
+
+@pytest.fixture
+def visit(opens: Opens, service: Service) -> Opens:
+    """Opens the dashboard and logs in."""
+
+    def enter(*, token: str = service.token, **how: Any) -> Page:
+        page = opens(**how)
+        log_in(page, token)
+        return page
+
+    return enter
+
+
+def open_job(page: Page, service: Service, tab: str = "") -> None:
+    show(page, f"#/jobs/{service.job_id}{tab}")
+    expect(page.locator("h1")).not_to_have_text("…")
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files() -> TestClient:
+    app = FastAPI()
+    app.include_router(make_router())
+    return TestClient(app)
+
+
+def test_every_file_comes_with_a_policy_that_allows_nothing_from_elsewhere_and_nothing_inline(
+    files: TestClient,
+) -> None:
+    for path in ("/", "/static/app.js", "/static/nothing.js"):
+        policy = files.get(path).headers["content-security-policy"]
+        assert "default-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+
+
+def test_files_are_asked_for_again_cheaply(files: TestClient) -> None:
+    first = files.get("/static/app.js")
+    again = files.get("/static/app.js", headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/static//etc/passwd",
+        "/static/vendor/README.md",
+        "/static/vendor",
+        "/static/",
+    ],
+)
+def test_nothing_else_is_served(files: TestClient, path: str) -> None:
+    assert files.get(path).status_code == 404
+
+
+def test_everything_that_the_page_loads_is_there(files: TestClient) -> None:
+    pattern = re.compile(r"""(?:from\s+|import\s*\(?|href=|src=)["']([^"']+\.(?:js|mjs|css|svg))["']""")
+    for name in [path for path in STATIC.rglob("*") if path.suffix in (".js", ".html") and "vendor" not in path.parts]:
+        for target in pattern.findall(name.read_text(encoding="utf-8")):
+            path = (
+                target
+                if target.startswith("/")
+                else "/static/" + str((name.parent / target).resolve().relative_to(STATIC.resolve()))
+            )
+            assert files.get(path).status_code == 200, (name, target)
+
+
+def test_our_scripts_never_turn_a_string_into_markup_or_code() -> None:
+    sinks = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|\beval\(|new Function"
+    )
+    for path in STATIC.rglob("*.js"):
+        if "vendor" not in path.parts:
+            assert not sinks.search(path.read_text(encoding="utf-8")), path
+
+
+def test_vendored_code_is_as_it_was_published() -> None:
+    lines = (STATIC / "vendor" / "README.md").read_text(encoding="utf-8").splitlines()
+    digests = {
+        name: digest for digest, name in (line.split() for line in lines if re.match(r" {4}[0-9a-f]{64} ", line))
+    }
+    code = {
+        path.relative_to(STATIC / "vendor").as_posix(): path
+        for path in (STATIC / "vendor").rglob("*")
+        if path.suffix in (".js", ".mjs", ".css")
+    }
+    assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in code.items()} == digests
+
+
+# -- the checks themselves ---------------------------------------------------------------------------------------------
+
+
+def test_a_missing_browser_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_chromium({"PATH": str(tmp_path)})
+    with pytest.raises(pytest.skip.Exception):
+        find_chromium({"PATH": str(tmp_path), NO_BROWSER: "1"})
+
+
+def test_what_no_page_may_do_is_seen(opens: Opens, watch: Watch) -> None:
+    page = opens()
+    page.get_by_label("Token").wait_for()
+    page.evaluate("() => fetch('http://elsewhere.invalid/').catch(() => {})")
+    page.evaluate("() => { document.querySelector('label').remove() }")
+    assert any("label" in line for line in violations(page))
+    assert any("elsewhere.invalid" in line for line in watch.wrong)
+    watch.wrong.clear()
+
+
+def test_not_even_a_script_of_this_page_can_make_markup_of_text(opens: Opens, watch: Watch) -> None:
+    page = opens()
+    watch.expected += ("TrustedHTML",)
+    with pytest.raises(PlaywrightError, match="TrustedHTML"):
+        page.evaluate("() => { document.body.innerHTML = '<b>text</b>' }")
+
+
+# -- login -------------------------------------------------------------------------------------------------------------
+
+
+def test_who_shows_a_wrong_token_gets_a_sentence_and_nothing_else(opens: Opens, service: Service, watch: Watch) -> None:
+    watch.expected += (REFUSED,)
+    page = opens()
+    page.get_by_label("Token").fill("wrong")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("not known")
+    expect(page.get_by_role("navigation", name="Pages")).to_be_hidden()
+
+
+def test_the_session_is_out_of_reach_of_scripts_and_ends_with_log_out(visit: Opens, service: Service) -> None:
+    page = visit()
+    assert page.evaluate("document.cookie") == ""
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_label("Token")).to_be_focused()
+    page.reload()
+    expect(page.get_by_label("Token")).to_be_visible()
+
+
+def test_who_may_only_read_gets_no_controls(visit: Opens, service: Service) -> None:
+    page = visit(token=service.read_token)
+    expect(page.get_by_role("link", name="Submit a job")).to_have_count(0)
+    open_job(page, service)
+    expect(page.locator(".graph svg")).to_be_visible()
+    expect(page.get_by_role("button", name="Pause")).to_be_hidden()
+    expect(page.get_by_label("max_staleness")).to_be_hidden()
+
+
+# -- what it shows -----------------------------------------------------------------------------------------------------
+
+
+def test_the_fleet_shows_every_job_with_its_state(visit: Opens, service: Service) -> None:
+    page = visit()
+    with service.api() as api:
+        jobs = api.get("/v1/jobs", params={"limit": 100}).json()["data"]
+    for job in jobs:
+        row = page.locator(".job").filter(has=page.get_by_role("link", name=job["name"], exact=True))
+        expect(row.locator(".state")).to_have_text(job["state"])
+    page.get_by_role("button", name="ended").click()
+    expect(page.locator(".job")).to_have_count(
+        sum(job["state"] in ("succeeded", "failed", "cancelled") for job in jobs)
+    )
+
+
+def test_a_change_in_the_fleet_is_seen_at_once(visit: Opens, backend: Backend) -> None:
+    page = visit()
+    row = page.locator(".job").filter(has_text="sums-long").locator(".state")
+    expect(row).to_have_text("running")
+    watch_for(page, ".job .state", "cancelling")
+    began = time.time()
+    backend.change("job_0002", state="cancelling")
+    assert seen_at(page) - began < LIVE
+
+
+CHARTS = (
+    "Pipeline",
+    "Version watermarks",
+    "Staleness of what each step trained",
+    "In flight, in the queue, at training",
+)
+
+
+def test_a_job_names_its_bottleneck_and_draws_every_chart(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    with service.api() as api:
+        sentence = api.get(f"/v1/jobs/{service.job_id}/queue").json()["bottleneck"]["text"]
+    expect(page.locator(".bottleneck").first).to_have_text(sentence)
+    for title in CHARTS:
+        expect(
+            page.locator("figure").filter(has=page.get_by_role("heading", name=title)).locator(".says")
+        ).not_to_be_empty()
+    page.locator(".timeline").scroll_into_view_if_needed()
+    expect(page.locator(".timeline .says")).to_contain_text("Busy in the last")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('canvas')].filter((canvas) => canvas.offsetParent).every(inked)" + INKED
+    )
+    assert page.locator(".charts figure:visible").count() >= 10
+
+
+INKED = """
+function inked(canvas) {
+    const {width, height} = canvas;
+    return width > 0 && canvas.getContext('2d').getImageData(0, 0, width, height).data.some((value) => value > 0);
+}
+"""
+
+
+def test_the_numbers_are_those_of_the_service(visit: Opens, service: Service, backend: Backend) -> None:
+    page = visit()
+    paused = "job_0003"
+    show(page, f"#/jobs/{paused}")
+    with service.api() as api:
+        queue = api.get(f"/v1/jobs/{paused}/queue").json()
+    counts = queue["counts"]
+    terms = [
+        counts["admitted"],
+        counts["trained"],
+        sum(counts["dropped"].values()),
+        counts["quarantined"],
+        counts["open"],
+    ]
+    account = page.locator(".account b")
+    expect(account).to_have_count(len(terms))
+    assert [int(text.replace(",", "")) for text in account.all_inner_texts()] == terms
+
+    page.get_by_role("button", name="Table: Staleness of what each step trained").click()
+    cells = page.locator(".heatmap tbody tr").evaluate_all(
+        "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
+    )
+    history = queue["history"]
+    assert [int(row[0]) for row in cells] == history["step"]
+    assert [[int(text) for text in row[2:]] for row in cells] == [
+        [histogram.get(str(level), 0) for level in range(len(cells[0]) - 2)] for histogram in history["histogram"]
+    ]
+
+
+def test_a_change_by_somebody_else_is_on_the_page_within_half_a_second(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    expect(page.locator(".graph svg")).to_be_visible()
+    took = []
+    with service.api() as api:
+        for bound in (3, 4, 5, 3, 4):
+            watch_for(page, ".histograms .says", f"The bound is {bound}.")
+            began = time.time()
+            assert api.patch(f"/v1/jobs/{service.job_id}", json={"max_staleness": bound}).status_code == 200
+            took.append(seen_at(page) - began)
+    print(f"A change was on the page after {statistics.median(took):.3f} s, at most {max(took):.3f} s.")
+    assert max(took) < LIVE
+
+
+def test_a_lowered_bound_does_not_make_what_was_trained_before_look_like_a_breach(
+    visit: Opens, service: Service
+) -> None:
+    page = visit()
+    open_job(page, service)
+    expect(page.locator(".heatmap .says")).to_contain_text("none above the bound of 2")
+    with service.api() as api:
+        api.patch(f"/v1/jobs/{service.job_id}", json={"max_staleness": 0})
+    expect(page.locator(".histograms .says")).to_contain_text("The bound is 0.")
+    expect(page.locator(".heatmap .says")).to_contain_text("none above the bound of its time")
+
+
+def test_steps_and_measurements_come_in_as_they_are_made(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    heat, reward = page.locator(".heatmap .says"), page.locator(".charts figure").first.locator(".says")
+    expect(reward).to_contain_text("points")
+    before = [heat.inner_text(), reward.inner_text()]
+    expect(heat).not_to_have_text(before[0])
+    expect(reward).not_to_have_text(before[1])
+
+
+def test_each_chart_has_its_numbers_in_a_table(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    page.locator(".timeline").scroll_into_view_if_needed()
+    expect(page.locator(".timeline .says")).to_contain_text("Busy")
+    figures = page.locator("figure:visible")
+    for index in range(figures.count()):
+        figure = figures.nth(index)
+        figure.locator(".table-button").click()
+        expect(figure.locator(".table-region tbody tr").first).to_be_visible()
+        expect(figure.locator(".table-button")).to_have_attribute("aria-expanded", "true")
+
+
+def test_a_connection_that_is_lost_is_said_and_comes_back(
+    visit: Opens, service: Service, backend: Backend, watch: Watch
+) -> None:
+    page = visit()
+    watch.expected += ("503 (Service Unavailable)", "EventSource", "net::ERR")
+    open_job(page, service)
+    expect(page.locator("#connection")).to_have_text("Live")
+    backend.refuse(True)
+    expect(page.locator("#connection")).to_contain_text("Not connected since")
+    backend.refuse(False)
+    expect(page.locator("#connection")).to_have_text("Live")
+    watch_for(page, ".histograms .says", "The bound is 5.")
+    began = time.time()
+    backend.change(service.job_id, max_staleness=5)
+    assert seen_at(page) - began < LIVE
+
+
+def test_a_session_that_ends_leads_to_the_login(visit: Opens, service: Service, watch: Watch) -> None:
+    watch.expected += (REFUSED,)
+    page = visit()
+    open_job(page, service)
+    page.context.clear_cookies()  # the next step is asked for without it
+    expect(page.get_by_role("alert")).to_contain_text("session has ended")
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_found_and_shows_its_tokens_versions_and_life(visit: Opens, service: Service) -> None:
+    page = visit()
+    with service.api() as api:
+        found = api.get(f"/v1/jobs/{service.job_id}/samples", params={"state": "trained", "limit": 100}).json()["data"]
+        short = next(sample for sample in found if len(sample["versions"]) > 1 and int(sample["id"]) % 5 == 0)
+        sample = api.get(f"/v1/jobs/{service.job_id}/samples/{short['id']}").json()
+    open_job(page, service, "/samples")
+    page.get_by_label("State").select_option("trained")
+    page.get_by_role("spinbutton", name="Group").fill(str(sample["group_id"]))
+    link = page.locator(".sample-list a").filter(has_text=f"#{sample['id']}")
+    expect(link).to_have_count(1)
+    link.click()
+    article = page.locator("article.sample")
+    expect(article.get_by_role("heading", name=f"Sample {sample['id']}")).to_be_visible()
+    expect(article.locator(".token")).to_have_count(len(sample["tokens"]))
+    expect(article.locator(".token.masked")).to_have_count(sum(token["masked"] for token in sample["tokens"]))
+    for version in sample["versions"]:
+        expect(article.locator(".legend")).to_contain_text(f"version {version}:")
+    expect(article.locator(".life li")).to_have_count(len(sample["events"]))
+    article.locator(".tokens").focus()
+    page.keyboard.press("End")
+    expect(article.locator(".readout")).to_contain_text(f"token {len(sample['tokens'])} of {len(sample['tokens'])}")
+
+
+def test_text_of_a_model_is_text_whatever_it_is(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service, "/samples?q=%3Cscript%3E")
+    page.locator(".sample-list a").first.click()
+    shown = page.locator("article.sample .tokens")
+    expect(shown).to_contain_text("<script>")
+    expect(shown).to_contain_text("⟨U+202E⟩")
+    assert "owned" not in page.title()
+    assert page.locator("article.sample img, article.sample script").count() == 0
+    assert HOSTILE.startswith("<script>")
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_is_changed_on_the_page(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    bound = page.get_by_label("max_staleness")
+    expect(bound).not_to_have_value("")
+    expect(page.get_by_role("button", name="Apply")).to_be_disabled()
+    bound.fill("4")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.locator(".histograms .says")).to_contain_text("The bound is 4.")
+    with service.api() as api:
+        assert api.get(f"/v1/jobs/{service.job_id}").json()["max_staleness"] == 4
+
+
+def test_a_refusal_of_the_service_is_said_in_its_words(visit: Opens, service: Service, watch: Watch) -> None:
+    page = visit()
+    watch.expected += ("422 (Unprocessable",)
+    open_job(page, service)
+    page.get_by_label("max_staleness").fill("900")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.get_by_role("alert").filter(has_text="max_staleness cannot be 900")).to_be_visible()
+
+
+def test_a_job_is_paused_and_goes_on(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    state = page.locator(".job-title .state")
+    page.get_by_role("button", name="Pause").click()
+    expect(state).to_have_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(state).to_have_text("running")
+
+
+def test_a_job_is_cancelled_only_after_a_question(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    state = page.locator(".job-title .state")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_role("button", name="Keep it running").click()
+    expect(state).to_have_text("running")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="Cancel the job").click()
+    expect(state).to_have_text("cancelled")
+    expect(page.get_by_role("button", name="Pause")).to_be_hidden()
+
+
+def test_a_worker_is_drained(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service)
+    page.locator(".workers").get_by_role("button", name="Drain").first.click()
+    expect(page.locator(".workers").get_by_role("button", name="Undrain")).to_have_count(1)
+
+
+# -- submit ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_is_validated_and_submitted(visit: Opens, service: Service, watch: Watch) -> None:
+    page = visit()
+    watch.expected += ("422 (Unprocessable",)
+    page.get_by_role("link", name="Submit a job").click()
+    text = page.get_by_role("textbox", name="Configuration")
+    good = text.input_value()
+
+    text.fill("model: [tiny")
+    page.get_by_role("button", name="Validate").click()
+    expect(page.locator(".answer")).to_contain_text("neither YAML nor JSON")
+
+    text.fill(f"{good}\nstepz: 3\n")
+    page.get_by_role("button", name="Validate").click()
+    expect(page.locator(".answer .errors")).to_contain_text("stepz")
+    page.locator(".answer").get_by_role("button", name="stepz").click()
+    assert (
+        page.evaluate(
+            "() => { const a = document.activeElement; return a.value.slice(a.selectionStart, a.selectionEnd) }"
+        )
+        == "stepz: 3"
+    )
+
+    text.fill(good)
+    page.get_by_role("button", name="Validate").click()
+    expect(page.locator(".answer")).to_contain_text("It can run.")
+    page.get_by_label("Name").fill("from-the-browser")
+    page.get_by_role("button", name="Submit", exact=True).click()
+    expect(page.locator("h1")).to_have_text("from-the-browser")
+    with service.api() as api:
+        assert "from-the-browser" in [job["name"] for job in api.get("/v1/jobs", params={"limit": 100}).json()["data"]]
+
+
+# -- for everybody -----------------------------------------------------------------------------------------------------
+
+
+PLACES = {
+    "login": None,
+    "fleet": "#/",
+    "job": "#/jobs/{job}",
+    "samples": "#/jobs/{job}/samples",
+    "sample": "#/jobs/{job}/samples/{sample}",
+    "events": "#/jobs/{job}/events",
+    "configuration": "#/jobs/{job}/config",
+    "submit": "#/submit",
+}
+READY = {
+    "login": ".login input",
+    "fleet": ".job",
+    "job": ".charts canvas",
+    "samples": ".sample-list a",
+    "sample": ".token",
+    "events": ".events li",
+    "configuration": ".facts-list dd",
+    "submit": "textarea",
+}
+
+
+def go_to(page: Page, place: str, service: Service) -> None:
+    """To one of the places, with everything on it."""
+    if address := PLACES[place]:
+        with service.api() as api:
+            samples = api.get(f"/v1/jobs/{service.job_id}/samples", params={"state": "trained", "limit": 100}).json()[
+                "data"
+            ]
+        sample = next((item for item in samples if len(item["versions"]) > 1), samples[0])
+        show(page, address.format(job=service.job_id, sample=sample["id"]))
+    page.locator(READY[place]).first.wait_for()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_and_nothing_runs_over_the_edge(
+    opens: Opens, service: Service, size: tuple[int, int], scheme: Scheme
+) -> None:
+    page = opens(size=size, scheme=scheme)
+    for place in PLACES:
+        if place == "fleet":
+            log_in(page, service.token)
+        go_to(page, place, service)
+        assert violations(page) == [], place
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= size[0], place
+
+
+def test_everything_can_be_done_with_the_keyboard_alone(opens: Opens, service: Service) -> None:
+    page = opens()
+    keys = page.keyboard
+
+    def tab_to(role: str, name: str) -> None:
+        target = page.get_by_role(role, name=name, exact=True).first  # type: ignore[arg-type]
+        target.wait_for()
+        for _ in range(150):
+            if target.evaluate("element => element === document.activeElement"):
+                assert target.evaluate("element => getComputedStyle(element).outlineStyle") != "none", (
+                    "focus is not seen"
+                )
+                return
+            keys.press("Tab")
+        pytest.fail(f"Tab does not reach the {role} {name}")
+
+    expect(page.get_by_label("Token")).to_be_focused()
+    keys.type(service.token)
+    keys.press("Enter")
+    tab_to("link", "sums-grpo")
+    keys.press("Enter")
+    tab_to("spinbutton", "max_staleness")
+    keys.press("ControlOrMeta+a")
+    keys.type("3")
+    keys.press("Enter")
+    expect(page.locator(".histograms .says")).to_contain_text("The bound is 3.")
+    tab_to("button", "Table: Pipeline")
+    keys.press("Space")
+    expect(page.locator(".pipeline .table-region tbody tr").first).to_be_visible()
+    keys.press("Home")
+    page.locator("#skip").focus()
+    tab_to("link", "Samples")
+    keys.press("Enter")
+    page.locator(".sample-list a").first.wait_for()
+    for _ in range(100):
+        if page.evaluate("document.activeElement.matches('.sample-list a')"):
+            break
+        keys.press("Tab")
+    keys.press("Enter")
+    expect(page.locator("article.sample")).to_be_visible()
+    page.locator("#skip").focus()
+    tab_to("button", "Cancel")
+    keys.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    keys.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_focused()
+
+
+def test_who_wants_less_motion_gets_none(visit: Opens, service: Service) -> None:
+    for still, moves in ((True, False), (False, True)):
+        page = visit(still=still)
+        duration = page.locator(".progress i").first.evaluate("bar => getComputedStyle(bar).transitionDuration")
+        assert (duration != "0s") == moves
+
+
+def test_a_page_that_is_left_lets_go_of_its_streams(visit: Opens, service: Service, backend: Backend) -> None:
+    page = visit()
+    open_job(page, service)
+    expect(page.locator("#connection")).to_have_text("Live")
+    page.get_by_role("link", name="Submit", exact=True).click()
+    expect(page.locator("#connection")).to_be_empty()
