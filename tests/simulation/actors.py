@@ -409,13 +409,17 @@ class Learner(Actor):
         skipped = [row for rows in groups.values() if chance.random() < 0.1 for row in rows]
         trained = [row for rows in groups.values() for row in rows if row not in skipped]
         version = PolicyVersion(incarnation=self.version.incarnation, n=self.version.n + 1)
-        self.store.commit(
-            leases=list(self.leases),
-            trained=trained,
-            skipped=skipped,
-            version=version,
-            masked={row: oldest for row, oldest in masked.items() if row in trained},
-        )
+        step: dict[str, Any] = {
+            "leases": list(self.leases),
+            "trained": trained,
+            "skipped": skipped,
+            "version": version,
+            "masked": {row: oldest for row, oldest in masked.items() if row in trained},
+        }
+        try:
+            self.store.commit(**step)
+        except LedgerError:
+            self.store.commit(**step)  # it may have happened, which is to be said only when it is on disk
         self.server.promise(("commit", version.packed, tuple(sorted(trained)), tuple(sorted(skipped))), cuts)
         self._forget()
         self.version = version
