@@ -446,7 +446,8 @@ class Operator(Actor):
         chance, book = self.world.chance, self.server.book
         there = sorted(book.open)
         some = chance.sample(there, min(len(there), chance.randint(1, 3)))
-        match chance.randrange(12):
+        # Quarantine is seldom, and ends with its group.
+        match 3 if book.quarantine and chance.random() < 0.7 else chance.randrange(12):
             case 0:
                 self.store.amend(max_staleness=chance.randrange(4))
             case 1 if some:
