@@ -358,9 +358,9 @@ class MovingRun:
     # -- samples -------------------------------------------------------------------------------------------------------
 
     def samples(self) -> list[Json]:
-        """The newest 240, newest first, each with everything that is known of it."""
+        """The newest 960, newest first, each with everything that is known of it."""
         last = self.step * BATCH + 3 * BATCH
-        return [self.sample(number) for number in range(last, max(0, last - 240), -1)]
+        return [self.sample(number) for number in range(last, max(0, last - 960), -1)]
 
     def sample(self, number: int) -> Json:
         step = (number - 1) // BATCH + 1

@@ -55,6 +55,7 @@ class Service:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = find_chromium()
+    expect.set_options(timeout=DEADLINE)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=arguments())
         yield chromium

@@ -21,6 +21,8 @@ from asyncflow.runtime.control import ControlClient
 from tests.processes import DEADLINE, wait_until
 from tests.running_service import ENDLESS, RunningService, tiny
 
+pytestmark = pytest.mark.timeout(900)  # each wait has its own deadline, and there are several
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
@@ -256,8 +258,6 @@ def test_jobs_go_on_when_the_service_is_killed_and_are_found_again(tmp_path: Pat
         service.wait(steered, "running")
         killed = service.submit(ENDLESS)
         service.wait(killed, "running")
-        waiting = service.submit(tiny())
-        service.wait(waiting, "queued")
         started = [(service.home / "jobs" / job / "started.json").read_text() for job in (steered, killed)]
         pids = [json.loads(line)["pid"] for line in started]
         at = ControlClient(Path(service.job(steered)["run_dir"])).status()["step"]
@@ -270,16 +270,15 @@ def test_jobs_go_on_when_the_service_is_killed_and_are_found_again(tmp_path: Pat
         assert service.job(steered)["state"] == "running"
         wait_until(lambda: (service.job(steered)["progress"] or {"step": 0})["step"] > at, service.process)
         assert service.wait(killed, "failed")["reason"]["code"] == "killed"
-        service.wait(waiting, "succeeded")  # in the slot that has become free
         service.http.post(f"/v1/jobs/{steered}/cancel")
         assert service.wait(steered, "cancelled")["reason"]["code"] == "cancelled"
-        assert [service.starts(job) for job in (steered, killed, waiting)] == [1, 1, 1]
+        assert [service.starts(job) for job in (steered, killed)] == [1, 1]
         assert service.http.get(f"/v1/jobs/{killed}/report").status_code == 200  # a killed run stays readable
         assert len(events(service, killed)) > 5
 
         service.stop()
         service.restart()
-        assert service.job(waiting)["state"] == "succeeded"
+        assert service.job(steered)["state"] == "cancelled"
     finally:
         service.close()
 

@@ -17,6 +17,8 @@ from asyncflow.report.audit import audit
 from tests.processes import DEADLINE
 from tests.running_service import ENDED, RunningService, tiny
 
+pytestmark = pytest.mark.timeout(900)  # each wait has its own deadline, and there are several
+
 
 class Storm:
     """A service that is killed and started again, and somebody who submits until an answer comes."""

@@ -70,7 +70,7 @@ class WallClock(SimBroker):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         world = self._world
-        self._clock = SimpleNamespace(monotonic=lambda: world.wall() - 1.7e9, wall=world.wall)
+        self.clock = SimpleNamespace(monotonic=lambda: world.wall() - 1.7e9, wall=world.wall)
 
 
 class MarksOnRead(SimBroker):
