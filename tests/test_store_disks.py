@@ -25,9 +25,9 @@ from asyncflow.store.store import EmbeddedStore, Store
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 from tests.processes import wait_until
-from tests.test_flight import take
+from tests.test_flight import pa_join, take
 from tests.test_hostile_wire import Target
-from tests.test_store import SCHEMA, ids, prompts, responses, terms
+from tests.test_store import SCHEMA, ids, prompts, responses, rewards, terms
 
 LEDGER = r"ledger\.sqlite cannot be written \(disk I/O error\).*see that its disk has room"
 DATA = r"the data of a sample cannot be written \(.*\): see that their disk has room"
@@ -229,6 +229,26 @@ def test_every_decision_is_on_disk_before_it_is_answered(power: Power, call: str
     power.disk.may["ledger"].set()
     thread.join(60.0)
     assert len(answers) == 1
+
+
+def test_a_commit_that_is_repeated_while_it_is_being_synced_waits_as_well(power: Power) -> None:
+    """Its answer was lost; that the table has it says nothing yet."""
+    power.store.admit(prompts(2), pa_join(responses(range(4)), rewards(range(4))), timeout=0.0)
+    lease = take(power.store, "train")
+    step: dict[str, Any] = {"leases": [lease.lease_id], "trained": ids(lease), "skipped": []}
+    power.disk.seen.clear()
+    power.disk.may["ledger"].clear()
+    calls = [power.later(lambda: power.store.commit(**step, version=PolicyVersion(n=1)))]
+    wait_until(lambda: power.disk.seen == ["ledger"])
+    assert power.store.counts().trained == 4
+
+    calls.append(power.later(lambda: power.store.commit(**step, version=PolicyVersion(n=1))))
+    power.disk.fails = {"ledger"}
+    power.disk.may["ledger"].set()
+
+    for thread, answers in calls:
+        thread.join(60.0)
+        assert [type(answer) for answer in answers] == [LedgerError]
 
 
 @pytest.mark.parametrize("fails", [False, True])
