@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Final
 
-from asyncflow_api.dependencies import Reads
+from asyncflow_api.dependencies import Submits
 from asyncflow_api.problems import Problem
 from asyncflow_api.refusals import RunRoute
 from asyncflow_api.runs import RunView, TheRuns
@@ -29,7 +29,7 @@ def completions(
     asked: CompletionRequest,
     request: Request,
     runs: TheRuns,
-    _: Reads,
+    _: Submits,
     job: Annotated[str | None, Query(max_length=100)] = None,
     x_asyncflow_job: Annotated[str | None, Header(max_length=100)] = None,
 ) -> CompletionReply:

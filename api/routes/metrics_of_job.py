@@ -15,8 +15,8 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["metrics"], route_class=Run
 
 @router.get("/metrics", summary="Measurements over the steps")
 def metrics(
-    view: TheView,
     _: Reads,
+    view: TheView,
     *,
     names: Annotated[str | None, Query(max_length=4000, description="Separated by commas; all when left out.")] = None,
     since_step: Annotated[int, Query(ge=-1, lt=1 << 31, description="Only points of later steps.")] = -1,

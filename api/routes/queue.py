@@ -22,7 +22,7 @@ EVERY: Final = 0.25
 
 
 @router.get("/queue", summary="What is in the queue")
-def queue(view: TheView, _: Reads) -> QueueReply:
+def queue(_: Reads, view: TheView) -> QueueReply:
     """How many samples are where, for how long, how stale they are, and what holds the run up. Also of a run that has
     ended."""
     found = view.queue()
@@ -30,7 +30,7 @@ def queue(view: TheView, _: Reads) -> QueueReply:
 
 
 @router.get("/live", response_class=StreamingResponse, summary="The queue as it changes")
-def live(view: TheView, _: Reads) -> StreamingResponse:
+def live(_: Reads, view: TheView) -> StreamingResponse:
     """Server-sent events `live`, each a whole picture: at most four a second, and only when something has changed.
 
     The stream ends with the run, after one `end`.

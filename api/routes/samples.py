@@ -22,8 +22,8 @@ Number = Annotated[int | None, Query(ge=0, lt=1 << 31)]
 
 @router.get("/samples", summary="Samples, the latest first")
 def samples(
-    view: TheView,
     _: Reads,
+    view: TheView,
     *,
     state: Annotated[str | None, Query(max_length=20, description="Where they are in their life.")] = None,
     group_id: Number = None,
@@ -46,7 +46,7 @@ def samples(
 
 
 @router.get("/samples/{sample_id}", summary="The whole life of a sample")
-def sample(sample_id: SampleId, view: TheView, _: Reads) -> SampleReply:
+def sample(sample_id: SampleId, _: Reads, view: TheView) -> SampleReply:
     """Its text, tokens with their log-probs and policy versions, rewards, and every event of the ledger about it."""
     view.check_begun()
     if not view.samples.has(sample_id):

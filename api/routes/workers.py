@@ -29,12 +29,12 @@ WorkerName = Annotated[str, Path(max_length=100)]
 
 
 @router.get("/workers", summary="What every worker does")
-def workers(view: TheView, _: Reads) -> WorkersReply:
+def workers(_: Reads, view: TheView) -> WorkersReply:
     return WorkersReply(data=[worker_of(worker) for worker in view.workers()])
 
 
 @router.post("/workers/{name}/drain", status_code=202, summary="Let a worker start nothing new")
-def drain(name: WorkerName, view: TheView, _: Submits) -> WorkerReply:
+def drain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     """What it has, it finishes. Others (external consumers) may do its stage meanwhile."""
     found = _known(view, name)
     view.control.drain(name)
@@ -42,14 +42,14 @@ def drain(name: WorkerName, view: TheView, _: Submits) -> WorkerReply:
 
 
 @router.post("/workers/{name}/undrain", status_code=202, summary="Let it go on")
-def undrain(name: WorkerName, view: TheView, _: Submits) -> WorkerReply:
+def undrain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     found = _known(view, name)
     view.control.undrain(name)
     return found.model_copy(update={"drained": False})
 
 
 @router.get("/timeline", summary="What every worker did lately")
-def timeline(view: TheView, _: Reads, seconds: Annotated[float, Query(gt=0, le=120)] = 60.0) -> TimelineReply:
+def timeline(_: Reads, view: TheView, seconds: Annotated[float, Query(gt=0, le=120)] = 60.0) -> TimelineReply:
     """Of a run that has ended, its last seconds."""
     return TimelineReply(
         spans=[
@@ -66,7 +66,7 @@ def timeline(view: TheView, _: Reads, seconds: Annotated[float, Query(gt=0, le=1
 
 
 @router.get("/engines", summary="What every rollout engine serves")
-def engines(view: TheView, _: Reads) -> EnginesReply:
+def engines(_: Reads, view: TheView) -> EnginesReply:
     return EnginesReply(data=[EngineReply.model_validate(engine) for engine in view.engines()])
 
 
