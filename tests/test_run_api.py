@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from asyncflow.runtime.control import ControlClient
 from asyncflow.store.ipc import MEDIA_TYPE, read_stream, write_stream
 from tests.conftest import TINY
 from tests.endless import UNHURRIED, endless_run, step_of, stop
-from tests.processes import wait_until
+from tests.processes import DEADLINE, wait_until
 from tests.run_service import service
 
 ARROW = {"content-type": MEDIA_TYPE}
@@ -206,7 +205,8 @@ def test_the_stream_of_a_run_tells_what_changes_and_ends_with_it(tmp_path: Path)
                 elif line.startswith("data: "):
                     events.append((kind, json.loads(line.removeprefix("data: "))))
                     if len(events) == 8:
-                        threading.Thread(target=stop, args=(run_dir, process), daemon=True).start()
+                        ControlClient(run_dir).stop()
+        process.communicate(timeout=DEADLINE)
 
     live = [data for kind, data in events if kind == "live"]
     assert events[-1][0] == "end"
