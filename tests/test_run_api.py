@@ -278,6 +278,8 @@ def test_finished_samples_put_from_outside_are_trained_as_they_are(
     run_dir, process = going
     api.post("/v1/jobs/new/workers/feeder/drain")
     try:
+        # With nothing new the learner comes to rest, so that what is of its version now is so when it is put.
+        wait_until(lambda: at_rest(api), process)
 
         def put() -> httpx.Response:
             version = str(ControlClient(run_dir).status()["served"]["rollout-0"])
@@ -310,6 +312,13 @@ def test_finished_samples_put_from_outside_are_trained_as_they_are(
     wait_until(trained, process)
     last = api.get(f"/v1/jobs/new/samples/{group['sample_ids'][3]}").json()
     assert (last["response"], last["reward"], last["reward_parts"]) == ("3", 3.0, {"digit_share": 3.0})
+
+
+def at_rest(api: httpx.Client) -> bool:
+    """Whether every worker has nothing to do but to wait for prompts."""
+    queue = api.get("/v1/jobs/new/queue").json()
+    served, states = queue["served"]["rollout-0"], queue["states"]
+    return bool(served == queue["learner"] and sum(states.values()) == states["training"] + states["rewarded"] < 16)
 
 
 @pytest.mark.parametrize("form", ["json", "arrow"])

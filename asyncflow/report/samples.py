@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from asyncflow.errors import DamagedData, ModelError, StoreError
+from asyncflow.errors import DamagedData, LedgerError, ModelError, StoreError
 from asyncflow.report.export import open_samples
 from asyncflow.report.follow import Follower
 from asyncflow.report.life import WENT_ON, Moment, words_of
 from asyncflow.rundir import CONFIG, DATA, LEDGER, SAMPLES, WEIGHTS
-from asyncflow.store.events import Leased
+from asyncflow.store.events import Leased, from_json
 from asyncflow.store.journal import LedgerReader
 from asyncflow.store.lifecycle import OPEN_STATES, STATES
 from asyncflow.store.rows import NONE, Ids
@@ -186,12 +186,14 @@ class Samples:
         leases: dict[int, Leased] = {}
         with LedgerReader(self._run_dir / LEDGER) as ledger:
             for lsn, state in self._follower.lives.of(sample_id):
-                (record,) = ledger.records(after=lsn - 1, until=lsn)
-                event = record.event
+                if (line := ledger.line(lsn)) is None:
+                    raise LedgerError(f"event {lsn} is gone from the ledger of {self._run_dir}: restore it")
+                at, kind, body = line
+                event = from_json(kind, body)
                 if isinstance(event, Leased):
                     leases[event.lease_id] = event
                 words = words_of(event, sample_id, self._follower.table, leases)
-                yield Moment(lsn=lsn, at=record.at, kind=event.kind, words=words or WENT_ON, state=state)
+                yield Moment(lsn=lsn, at=at, kind=kind, words=words or WENT_ON, state=state)
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
