@@ -456,7 +456,7 @@ FINISHED = {
 @pytest.mark.parametrize(
     ("change", "rows", "says"),
     [
-        ({"token_versions": ["0.0"]}, 4, "length"),
+        ({"token_versions": ["0.0"]}, 4, "the same number of tokens"),
         ({"token_versions": [0, 0]}, 4, "token_versions of sample 0"),
         ({"token_versions": ["a.b", "0.0"]}, 4, "token_versions of sample 0"),
         ({"rollout_logprobs": "x"}, 4, "rollout_logprobs of sample 0"),
