@@ -230,7 +230,7 @@ def test_a_producer_outside_puts_prompts_that_are_trained(
 ) -> None:
     _, process = going
     api.post("/v1/jobs/new/workers/feeder/drain")  # so that there is room for others
-    name = {"producer": f"outside-{form}", "sequence": 1}
+    name: dict[str, str | float] = {"producer": f"outside-{form}", "sequence": 1}
 
     def put() -> httpx.Response:
         if form == "json":
@@ -473,7 +473,7 @@ def test_samples_that_make_no_sense_are_refused_in_a_sentence(
 
 
 def test_tokens_of_a_policy_that_there_was_never_are_refused(api: httpx.Client) -> None:
-    body = {"samples": [FINISHED | {"token_versions": ["0.999999", "0.999999"]}] * 4, "timeout_seconds": 0}
+    body = {"samples": [FINISHED | {"token_versions": ["0.999999", "0.999999"]}] * 4, "timeout_seconds": 20}
 
     refused(api.post("/v1/jobs/new/samples", json=body), 409, "illegal_transition")
 
