@@ -17,6 +17,7 @@ from asyncflow.launch import launch, resolve, resume
 from asyncflow.plan import plan
 from asyncflow.report.audit import audit
 from asyncflow.report.follow import Follower
+from asyncflow.report.life import life_of
 from asyncflow.report.queue import Queue, queue_of
 from asyncflow.report.samples import Samples, Wanted
 from asyncflow.store.lifecycle import STATES
@@ -94,6 +95,10 @@ def test_what_a_resumed_run_has_taken_back_is_not_counted_twice(run_tiny: RunTin
     assert audit(result.run_dir).taken_back > 0
     assert len(before.steps) == 6
     assert [step.version.n for step in follower.steps] == list(range(1, 10))
+    samples = Samples(result.run_dir, follower)
+    for sample_id in range(audit(result.run_dir).admitted):
+        # What is told from the index is what the whole ledger tells.
+        assert samples.whole(sample_id).events == life_of(result.run_dir, sample_id).moments
     # One who has followed all the time knows the same as one who begins at the end.
     live.catch_up()
     assert queue_of(live, now=None, stat=None, size=0) == queue

@@ -25,6 +25,7 @@ from asyncflow.store.events import (
     Dropped,
     Event,
     Leased,
+    Prioritised,
     Quarantined,
     Requeued,
     Restored,
@@ -159,6 +160,33 @@ class Index:
                 setattr(self, name, new)
 
 
+class Lives:
+    """Which event did something to which sample, and in which state that left it: 13 bytes each, in order."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._samples: Ids = np.zeros(BEGIN, np.int64)
+        self._lsns: NDArray[np.uint32] = np.zeros(BEGIN, np.uint32)
+        self._states: NDArray[np.uint8] = np.zeros(BEGIN, np.uint8)
+
+    def add(self, lsn: int, ids: Ids, states: NDArray[np.uint8]) -> None:
+        begin, self._count = self._count, self._count + len(ids)
+        if self._count > len(self._samples):
+            more = max(self._count, 2 * len(self._samples)) - len(self._samples)
+            self._samples = np.concatenate([self._samples, np.zeros(more, np.int64)])
+            self._lsns = np.concatenate([self._lsns, np.zeros(more, np.uint32)])
+            self._states = np.concatenate([self._states, np.zeros(more, np.uint8)])
+        self._samples[begin : self._count] = ids
+        self._lsns[begin : self._count] = lsn
+        self._states[begin : self._count] = states
+
+    def of(self, sample_id: int) -> list[tuple[int, State]]:
+        """The events of a sample, with its state after each."""
+        places = np.flatnonzero(self._samples[: self._count] == sample_id)
+        states = [STATES[state] for state in self._states[places]]
+        return list(zip(self._lsns[places].tolist(), states, strict=True))
+
+
 class Follower:
     """Follows one ledger. Whoever looks holds `lock`, calls `catch_up`, and reads then."""
 
@@ -169,6 +197,7 @@ class Follower:
         self.began = self.at = 0.0
         """Unix time of the first event and of the last one, in seconds."""
         self.index = Index()
+        self.lives = Lives()
         self.steps: list[Trained] = []
         """Those that hold: what a resumed run took back is not among them."""
         self.waiting: dict[str, Waiting] = {}
@@ -234,10 +263,10 @@ class Follower:
             if before is not None:
                 before(self, event, record.at)
             apply_record(table, reader, record)
-            self._note(event, record.at)
+            self._note(event, record)
         self.lsn, self.at = record.lsn, record.at
 
-    def _note(self, event: Event, at: float) -> None:
+    def _note(self, event: Event, record: Record) -> None:
         """What an event that has been applied has changed."""
         if isinstance(event, Admitted):
             self.index.grow(self.table.next_sample)
@@ -246,16 +275,18 @@ class Follower:
             return
         rows, place = self.table.rows, ids - self.table.rows.base
         self.index.state[ids] = rows.state[place]
+        told = ids[rows.state[place] < len(OPEN_STATES)] if isinstance(event, Resumed) else ids
+        self.lives.add(record.lsn, told, self.index.state[told])
         if isinstance(event, Admitted | Acked | Requeued | Resumed):
             self.index.oldest[ids], self.index.newest[ids] = rows.oldest[place], rows.newest[place]
             self.index.tokens[ids] = np.maximum(0, rows.tokens[place] - rows.prompt_tokens[place])
         if isinstance(event, Resumed):
             self._take_back(ids)
-        if isinstance(event, Leased | Returned):
+        if isinstance(event, Leased | Returned | Prioritised):
             return  # whose they are makes no difference to where they are
         named = ids.tolist()
         for name, waiting in self.waiting.items():
-            waiting.update(named, self._is_at(ids, name).tolist(), at)
+            waiting.update(named, self._is_at(ids, name).tolist(), record.at)
 
     def _is_at(self, ids: Ids, stage: str) -> Flags:
         """Which of these samples have everything that a stage needs, and not yet what it writes."""
@@ -353,12 +384,7 @@ def _touched(event: Event, table: Table) -> Ids:
         case Committed():
             return np.array(event.trained + event.skipped, np.int64)
         case Resumed():
-            return np.arange(table.rows.base, table.rows.end)
-        case Leased() | Acked() | Returned() | Dropped() | Quarantined() | Restored() | Requeued():
+            return table.rows.alive()
+        case Prioritised() | Leased() | Acked() | Returned() | Dropped() | Quarantined() | Restored() | Requeued():
             return np.array(event.rows, np.int64)
     return np.zeros(0, np.int64)
-
-
-def state_name(place: int) -> State:
-    """Of a place in `Index.state`."""
-    return STATES[place]

@@ -34,6 +34,8 @@ from asyncflow.store.segments import segment_of, segment_path
 from asyncflow.store.table import Table
 from asyncflow.types import PolicyVersion
 
+WENT_ON = "the run went on from a checkpoint"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
@@ -86,13 +88,13 @@ def life_of(home: Path, sample: int) -> Life:
         if isinstance(event, Leased) and sample in event.rows:
             leases[event.lease_id] = event
         before = state
-        if event_words := _words(event, sample, table, leases):
+        if event_words := words_of(event, sample, table, leases):
             state = _state(table, sample, event, before)
             moments.append(Moment(lsn=record.lsn, at=record.at, kind=event.kind, words=event_words, state=state))
         elif isinstance(event, Resumed | Restarted) and moments:
             state = _state(table, sample, event, before)
             if state != before or table.row(sample) is not None:
-                words = "the run went on from a checkpoint" if isinstance(event, Resumed) else "the store was restarted"
+                words = WENT_ON if isinstance(event, Resumed) else "the store was restarted"
                 moments.append(Moment(lsn=record.lsn, at=record.at, kind=event.kind, words=words, state=state))
     assert table is not None, "a ledger has its terms"
     if not moments:
@@ -149,8 +151,8 @@ def _version(packed: int | None) -> str:
     return "no version" if packed is None else str(PolicyVersion.unpack(packed))
 
 
-def _words(event: Event, sample: int, table: Table, leases: Mapping[int, Leased]) -> str | None:
-    """What the event did to the sample; None: nothing."""
+def words_of(event: Event, sample: int, table: Table, leases: Mapping[int, Leased]) -> str | None:
+    """What the event did to the sample; None: nothing. `leases`: those that it has been in."""
     words = _WORDS.get(type(event))
     return None if words is None else words(event, sample, table, leases)
 

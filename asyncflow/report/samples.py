@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from asyncflow.errors import DamagedData, ModelError, StoreError
+from asyncflow.errors import DamagedData, LedgerError, ModelError, StoreError
 from asyncflow.report.export import open_samples
 from asyncflow.report.follow import Follower
-from asyncflow.report.life import Moment, life_of
-from asyncflow.rundir import CONFIG, DATA, SAMPLES, WEIGHTS
+from asyncflow.report.life import WENT_ON, Moment, words_of
+from asyncflow.rundir import CONFIG, DATA, LEDGER, SAMPLES, WEIGHTS
+from asyncflow.store.events import Leased, from_json
+from asyncflow.store.journal import LedgerReader
 from asyncflow.store.lifecycle import OPEN_STATES, STATES
 from asyncflow.store.rows import NONE, Ids
 from asyncflow.store.segments import SegmentReader
@@ -156,9 +158,10 @@ class Samples:
 
     def whole(self, sample_id: int) -> Whole:
         """Raises StoreError for a sample that was never admitted."""
-        life = life_of(self._run_dir, sample_id)
+        if not self.has(sample_id):
+            raise StoreError(f"sample {sample_id} was never admitted: the ledger has none of this id")
         with self._follower.lock:
-            self._follower.catch_up()
+            events = tuple(self._events(sample_id))
             ids = np.array([sample_id])
             row = self._columns(ids, None).get(sample_id, {})
             brief = self._brief(sample_id, row)
@@ -170,7 +173,7 @@ class Samples:
             tokens=tuple(self._tokens(row, masked)),
             reward_parts=_json(row.get("reward_parts")) or {},
             finish_reason=row.get("finish_reason"),
-            events=life.moments,
+            events=events,
         )
 
     def columns(self, ids: Sequence[int], names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
@@ -178,6 +181,19 @@ class Samples:
         with self._follower.lock:
             self._follower.catch_up()
             return self._columns(np.array(ids, np.int64), names)
+
+    def _events(self, sample_id: int) -> Iterator[Moment]:
+        leases: dict[int, Leased] = {}
+        with LedgerReader(self._run_dir / LEDGER) as ledger:
+            for lsn, state in self._follower.lives.of(sample_id):
+                if (line := ledger.line(lsn)) is None:
+                    raise LedgerError(f"event {lsn} is gone from the ledger of {self._run_dir}: restore it")
+                at, kind, body = line
+                event = from_json(kind, body)
+                if isinstance(event, Leased):
+                    leases[event.lease_id] = event
+                words = words_of(event, sample_id, self._follower.table, leases)
+                yield Moment(lsn=lsn, at=at, kind=kind, words=words or WENT_ON, state=state)
 
     # -- which ---------------------------------------------------------------------------------------------------------
 
