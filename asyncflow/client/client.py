@@ -222,7 +222,10 @@ class Client:
         max_reward: float | None = None,
         text: str | None = None,
     ) -> Iterator[SampleBrief]:
-        """Samples for which all conditions hold, the latest first. `step`: that consumed them; `text`: part of theirs."""
+        """Samples for which all conditions hold, the latest first.
+
+        `step`: that consumed them; `text`: part of their texts.
+        """
         query = {"state": state, "group_id": group_id, "step": step, "min_reward": min_reward, "max_reward": max_reward}
         return self._pages(Page[SampleBrief], f"{_of(job_id)}/samples", {**query, "q": text})
 

@@ -1,13 +1,14 @@
 """One request: with a deadline, with repeats where they do no harm, and with every refusal as an error.
 
-What is repeated: no connection, an answer that broke off, 429 (after its Retry-After) and what a proxy says in place of
-the service (502, 503, 504). Pauses double between FIRST_PAUSE and LONGEST_PAUSE. A request that may not be made twice is
-repeated only when it surely did not arrive.
+What is repeated: no connection, an answer that broke off, 429 (after its Retry-After) and what a proxy says in place
+of the service (502, 503, 504). Pauses double between FIRST_PAUSE and LONGEST_PAUSE. A request that may not be made
+twice is repeated only when it surely was not carried out.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,16 +83,17 @@ class Connection:
 
         `params`: None values and empty lists are left out. `repeat`: whether doing it twice is the same as once.
         """
-        request = {"params": _given(params), "json": body, "headers": dict(headers or {})}
-        if body is None:
-            del request["json"]
+        request: dict[str, Any] = {"params": _given(params), "headers": dict(headers or {})}
+        if body is not None:
+            request["content"] = _json(body)
+            request["headers"]["Content-Type"] = "application/json"
         began, pause = time.monotonic(), FIRST_PAUSE
         until = began + self.timeout
         while True:
             wait = pause
             try:
                 return self._once(method, path, request, until)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 failure = self.unreachable(error)
                 last = began + self.patience
                 arrived = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
@@ -121,7 +123,7 @@ class Connection:
     @contextmanager
     def stream(self, path: str, params: Mapping[str, Any] | None, after: str | None) -> Iterator[Iterator[bytes]]:
         """The bytes of a stream of events, from an event on; `timeout` is the longest silence. One attempt: raises
-        httpx.TransportError, Passing and ServiceError."""
+        httpx.RequestError, Passing and ServiceError."""
         headers = {"Accept": STREAM} | ({} if after is None else {"Last-Event-ID": after})
         with self._http.stream("GET", path, params=_given(params), headers=headers, timeout=self.timeout) as answer:
             if not answer.is_success:
@@ -144,9 +146,8 @@ class Connection:
         raise self._refusal(answer, bytes(content))
 
     def _refusal(self, answer: httpx.Response, content: bytes) -> Exception:
-        status, kind = answer.status_code, ServiceError
-        if status in NOT_THERE:
-            kind = ServiceUnreachable
+        status = answer.status_code
+        kind = ServiceUnreachable if status in NOT_THERE else ServiceError
         try:
             found = msgspec.json.decode(content, type=Problem)
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -217,6 +218,12 @@ def untrusted(error: Exception) -> bool:
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
+def _json(body: Any) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"JSON cannot say this ({error}): put dates in quotes, and leave out infinities") from None
+
+
 def _given(params: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (params or {}).items() if value is not None and value != []}
-

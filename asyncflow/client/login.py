@@ -41,7 +41,9 @@ def save(login: Login) -> Path:
             file.write(msgspec.json.encode(login) + b"\n")
         new.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): set XDG_CONFIG_HOME to a folder of yours") from None
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): set XDG_CONFIG_HOME to a folder of yours"
+        ) from None
     return path
 
 

@@ -1,7 +1,7 @@
 """Server-sent events that go on where they were, however often the connection breaks.
 
-A stream is over only when the service says so (event `end`). Everything else, a broken connection as well as a silent or
-a politely closed one, is connected again with the id of the last whole event (`Last-Event-ID`).
+A stream is over only when the service says so (event `end`). Everything else, a broken connection as well as a silent
+or a politely closed one, is connected again with the id of the last whole event (`Last-Event-ID`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import httpx
 
-from asyncflow.client.connection import FIRST_PAUSE, LONGEST_PAUSE, TOO_MANY, Connection, Passing, untrusted
-from asyncflow.errors import ServiceError, ServiceUnreachable
+from asyncflow.client.connection import FIRST_PAUSE, LONGEST_PAUSE, Connection, Passing, untrusted
+from asyncflow.errors import ServiceError
 
 LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 """Of the format. Text has other characters that Python ends lines at, such as U+2028."""
@@ -86,7 +86,8 @@ def follow(
 ) -> Iterator[Message]:
     """Every message after an id, to the end of the stream. Raises ServiceError for what the service refuses, and
     ServiceUnreachable where it cannot be reached for `connection.patience` seconds."""
-    parser, lost, pause = Parser(after), None, FIRST_PAUSE
+    parser, pause = Parser(after), FIRST_PAUSE
+    lost: float | None = None  # since when nothing comes
     while True:
         parser = Parser(parser.last_id)
         wait = 0.0
@@ -99,21 +100,20 @@ def follow(
                             return
                         yield message
             failure: ServiceError = connection.unreachable(ConnectionError("it closes the stream before its end"))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             failure = connection.unreachable(error)
             if untrusted(error):
                 raise failure from error
         except Passing as passing:
             failure, wait = passing.error, passing.after
-            if failure.status == TOO_MANY:
-                lost = None  # it is there
         except ValueError as error:
             if isinstance(error, ServiceError):
                 raise
             raise ServiceError(f"{error}: take it up with who runs the service", code="too_long") from None
         now = time.monotonic()
         lost = now if lost is None else lost
-        if now - lost >= connection.patience:
-            raise failure if isinstance(failure, ServiceUnreachable) else connection.unreachable(failure)
-        time.sleep(max(wait, parser.retry or 0.0, pause))
+        wait = max(wait, parser.retry or 0.0, pause)
+        if now + wait - lost > connection.patience:
+            raise failure
+        time.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE)
