@@ -261,8 +261,10 @@ def change(target: str, setting: str) -> None:
     if key not in ("max_staleness", "priority") or not (value.isascii() and value.isdecimal()):
         raise UserError(f"{setting} cannot be set of a job: write max_staleness=N or priority=N, N a whole number")
     with _client() as client:
-        found = client.change(target, **{key: int(value)})
-    typer.echo(f"{key}={getattr(found, key)}")
+        if key == "priority":
+            client.change(target, priority=int(value))
+        else:
+            client.change(target, max_staleness=int(value))
 
 
 def register(app: typer.Typer) -> None:

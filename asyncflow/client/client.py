@@ -149,9 +149,8 @@ class Client:
         `revision`: of the job as you know it; where it has changed since, nothing is done (ServiceError, `code` is
         `changed`). Such a call is not repeated once it may have arrived: its own success would look like that.
         """
-        values = {"max_staleness": max_staleness, "priority": priority, "name": name}
+        values: dict[str, Any] = {"max_staleness": max_staleness, "priority": priority, "name": name, "labels": labels}
         body = {key: value for key, value in values.items() if value is not None}
-        body |= {} if labels is None else {"labels": dict(labels)}
         headers = {} if revision is None else {"If-Match": f'"{revision}"'}
         answer = self._connection.call("PATCH", _of(job_id), body=body, headers=headers, repeat=revision is None)
         return self._connection.decode(Job, answer)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -94,7 +95,7 @@ class Connection:
             try:
                 return self._once(method, path, request, until)
             except httpx.RequestError as error:
-                failure = self.unreachable(error)
+                failure: ServiceError = self.unreachable(error)
                 last = began + self.patience
                 arrived = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
                 if untrusted(error) or (arrived and not repeat):
@@ -195,8 +196,9 @@ class Passing(Exception):
 def checked_url(url: str) -> httpx.URL:
     """Raises UserError for what is no address of a service."""
     try:
+        urlsplit(url)
         address = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, ValueError):
         address = httpx.URL("")
     if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment:
         raise UserError(f"{url} is no address of a service: write it as http://127.0.0.1:8765")
