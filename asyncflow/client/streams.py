@@ -49,6 +49,8 @@ class Parser:
 
     def feed(self, piece: bytes) -> Iterator[Message]:
         """The messages that are whole now. ValueError for an event that is longer than LONGEST."""
+        if not piece:
+            return
         if self._after_return:
             piece = piece.removeprefix(b"\n")
         self._after_return = piece.endswith(b"\r")
