@@ -71,7 +71,7 @@ def test_events_have_ids_names_and_lines_of_data() -> None:
     assert (parser.retry, parser.last_id) == (1.5, "3")
 
 
-@example(cuts=[6, 6], end=b"\r\n")  # between the two, and nothing comes
+@example(cuts=[47, 47], end=b"\r\n")  # between the two, and nothing comes
 @given(cuts=st.lists(st.integers(0, 70), max_size=8), end=st.sampled_from([b"\n", b"\r\n", b"\r"]))
 def test_the_pieces_in_which_bytes_come_change_nothing(cuts: list[int], end: bytes) -> None:
     text = "a\u2028b\x85c\x0bd"  # where Python ends lines, and the format does not
