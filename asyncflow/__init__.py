@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from asyncflow.client import Client
     from asyncflow.config import Config, load_config
     from asyncflow.engines.base import (
         Capabilities,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "asyncflow.client": ("Client",),
     "asyncflow.config": ("Config", "load_config"),
     "asyncflow.engines.base": (
         "Capabilities",
@@ -50,6 +52,7 @@ _HOMES = {
 __all__ = [
     "AsyncFlowError",
     "Capabilities",
+    "Client",
     "Completion",
     "Config",
     "GenerationRequest",

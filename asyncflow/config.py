@@ -342,11 +342,8 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Co
 
     Raises ConfigError with one sentence that names the key and says what would be right.
     """
-    changed = copy.deepcopy(dict(values))
-    for override in overrides:
-        _apply_override(changed, override)
     try:
-        return Config.model_validate(changed)
+        return Config.model_validate(_overridden(values, overrides))
     except ValidationError as error:
         fields = [(".".join(map(str, item["loc"])), _sentence(item)) for item in error.errors()]
         raise ConfigError("; ".join(sentence for _, sentence in fields), fields=fields) from None
@@ -354,6 +351,14 @@ def parse_config(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Co
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides, as `parse_config` does. Raises ConfigError."""
+    return parse_config(read_values(path), overrides)
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a YAML file (None: of an empty one) after overrides, unchecked: for who runs them elsewhere. Raises
+    ConfigError."""
+    if path is None:
+        return _overridden({}, overrides)
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -363,7 +368,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not {type(values).__name__}")
-    return parse_config(values, overrides)
+    return _overridden(values, overrides)
+
+
+def _overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(changed, override)
+    return changed
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -7,6 +7,8 @@ AsyncFlowError
 │   ├── ModelError          a model that is missing or cannot be loaded
 │   ├── CheckpointError     a checkpoint that is missing, damaged, or does not fit the run
 │   ├── ControlError        a run that cannot be reached, or a wish that it cannot fulfil
+│   ├── ServiceError        what the HTTP service refuses
+│   │   └── ServiceUnreachable  … or a service that does not answer
 │   └── RewardError         a reward function that raises or returns something else than one number a completion
 │       └── RewardTimeout   … that did not return in time
 ├── StoreError
@@ -60,6 +62,36 @@ class CheckpointError(UserError):
 
 class ControlError(UserError):
     """A run that cannot be reached, or a wish that it cannot fulfil."""
+
+
+class ServiceError(UserError):
+    """What the HTTP service answers where it does not do what it was asked for."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        status: int | None = None,
+        field: str | None = None,
+        errors: Sequence[tuple[str, str]] = (),
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        """For programs, such as `illegal_state`; docs/service.md has them."""
+        self.status = status
+        """Of HTTP; None where no answer came, or one that is not the service's."""
+        self.field = field
+        """What is wrong in the request: `body.config.steps`, `header.if-match`."""
+        self.errors = tuple(errors)
+        """(field, sentence) of each thing that is wrong, where there can be several."""
+        self.request_id = request_id
+        """By which the log of the service names the request."""
+
+
+class ServiceUnreachable(ServiceError):
+    """A service that does not answer, although it was asked again for as long as the caller's patience lasts."""
 
 
 class RewardError(UserError):

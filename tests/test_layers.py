@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("types", "errors", "clock", "rundir", "user_code"),
+    ("client",),
     ("config",),
     ("store",),
     ("algorithms",),

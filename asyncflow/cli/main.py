@@ -1,7 +1,8 @@
 """`asyncflow`: start a run and go on with one; watch, steer, audit, replay, report and export it; doctor, bench, serve;
-`asyncflow store`: the transfer queue by itself.
+`asyncflow store`: the transfer queue by itself; `login`, `submit`, `jobs` and others: the jobs of an HTTP service.
 
-Exit codes: 0 done; 1 the run failed, or the audit found a violation; 2 the user can fix it; 130 interrupted.
+Exit codes: 0 done; 1 the run or the job failed, or the audit found a violation; 2 the user can fix it; 3 the service
+does not answer, or fails; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asyncflow.cli import service
 from asyncflow.cli.serve import serve
 from asyncflow.cli.store import store_app
-from asyncflow.errors import AsyncFlowError, ControlError, StoreError, UserError
+from asyncflow.errors import AsyncFlowError, ControlError, ServiceError, ServiceUnreachable, StoreError, UserError
 
 if TYPE_CHECKING:
     from asyncflow.plan import Plan
@@ -31,6 +33,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.command()(serve)
+service.register(app)
 
 EXIT = {"finished": 0, "failed": 1, "stopped": 130}
 
@@ -40,6 +43,14 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what goes wrong.")]
 RunDir = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_DIR|JOB",
+        help="Directory of a run, or the id of a job (job_…) of the service; ./job_… is a directory.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -59,17 +70,25 @@ def run(
 
 @app.command()
 def resume(
-    run_dir: RunDir,
+    target: Target,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option("--from", help="Step of the checkpoint; without it, the last.")] = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, from its last checkpoint."""
+    """Go on with a run that was stopped or killed, from its last checkpoint; or with a job that was paused."""
+    if service.is_job(target):
+        if overrides or step is not None or dry_run:
+            raise UserError(
+                "a paused job goes on as it is: leave --set, --from and --dry-run out; a job that has ended goes on "
+                f"with asyncflow submit --resume-from {target}"
+            )
+        service.steer(target, "resume")
+        return
     _log(verbose)
     from asyncflow.launch import prepare_resume
 
-    ready, at = prepare_resume(run_dir, overrides=overrides or (), step=step)
+    ready, at = prepare_resume(Path(target), overrides=overrides or (), step=step)
     _carry_out(ready, at, dry_run)
 
 
@@ -108,16 +127,19 @@ def status(
 
 
 @app.command()
-def pause(run_dir: RunDir) -> None:
-    """Let a run start nothing new; what it has is finished and kept."""
+def pause(target: Target) -> None:
+    """Let a run or a job start nothing new; what it has is finished and kept."""
+    if service.is_job(target):
+        service.steer(target, "pause")
+        return
     from asyncflow.runtime.control import ControlClient
 
-    ControlClient(run_dir).pause()
+    ControlClient(Path(target)).pause()
 
 
 @app.command(name="resume-run")
 def resume_run(run_dir: RunDir) -> None:
-    """Let a run that was paused go on."""
+    """Let a run that was paused go on (a job: resume)."""
     from asyncflow.runtime.control import ControlClient
 
     ControlClient(run_dir).resume()
@@ -131,18 +153,33 @@ def stop(run_dir: RunDir) -> None:
     ControlClient(run_dir).stop()
 
 
+@app.command()
+def cancel(target: Target) -> None:
+    """End a job; a run is stopped in order, as by stop."""
+    if service.is_job(target):
+        service.steer(target, "cancel")
+        return
+    stop(Path(target))
+
+
 @app.command(name="set")
 def set_(
-    run_dir: RunDir,
-    setting: Annotated[str, typer.Argument(help="max_staleness=N", metavar="KEY=VALUE", show_default=False)],
+    target: Target,
+    setting: Annotated[
+        str,
+        typer.Argument(help="max_staleness=N; of a job also priority=N", metavar="KEY=VALUE", show_default=False),
+    ],
 ) -> None:
-    """Change max_staleness of a run while it goes on."""
+    """Change max_staleness of a run or a job while it goes on, or the priority of a job."""
+    if service.is_job(target):
+        service.change(target, setting)
+        return
     from asyncflow.runtime.control import ControlClient
 
     key, _, value = setting.partition("=")
     if key != "max_staleness" or not value.lstrip("-").isdecimal():
         raise ControlError(f"{setting} cannot be set while a run goes on: write max_staleness=N, N a whole number")
-    ControlClient(run_dir).set_max_staleness(int(value))
+    ControlClient(Path(target)).set_max_staleness(int(value))
 
 
 @app.command()
@@ -223,6 +260,10 @@ def main() -> None:
     """Entry point: an error that was foreseen is one sentence on stderr, not a traceback."""
     try:
         app()
+    except ServiceError as error:
+        _say(error)
+        # No answer, or one that says that it is not the caller's fault.
+        sys.exit(3 if isinstance(error, ServiceUnreachable) or (error.status or 0) >= 500 else 2)
     except (UserError, StoreError) as error:
         _say(error)
         sys.exit(2)
