@@ -357,9 +357,7 @@ class Database:
             raise NoSuchFile(f"there is no file {file_id[:64]}")
         return _file(rows[0])
 
-    def files(
-        self, *, after: int | None = None, newest_first: bool = True, limit: int | None = None
-    ) -> list[FileRow]:
+    def files(self, *, after: int | None = None, newest_first: bool = True, limit: int | None = None) -> list[FileRow]:
         """`after`: from behind the file with this `seq`, in the order that is asked for."""
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
         where, values = ("1", ()) if after is None else (f"seq{sign}?", (after,))

@@ -38,7 +38,8 @@ def load_reward(
         raise ConfigError("name at least one reward function")
     named = [(spec.use if isinstance(spec, RewardConfig) else _own_name(spec), spec) for spec in specs]
     loaded = [
-        (use, _find(use, spec.options), spec.weight) if isinstance(spec, RewardConfig) else (use, spec, 1.0) for use, spec in named
+        (use, _find(use, spec.options), spec.weight) if isinstance(spec, RewardConfig) else (use, spec, 1.0)
+        for use, spec in named
     ]
     own_names = [use if use in BUILT_IN or use in MADE else _own_name(function) for use, function, _ in loaded]
     functions: dict[str, tuple[RewardFunction, float]] = {}
@@ -72,11 +73,7 @@ def _find(use: str, options: Mapping[str, Any]) -> RewardFunction:
     if not IMPORT_PATH.fullmatch(use):
         known = sorted({*BUILT_IN, *MADE})
         near = difflib.get_close_matches(use, known, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"use one of {', '.join(known)}, or package.module:function"
-        )
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}, or package.module:function"
         raise ConfigError(f"there is no reward function {use!r}: {hint}")
     module_name, _, attributes = use.partition(":")
     module = _import(module_name, use)
