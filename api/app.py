@@ -14,8 +14,8 @@ from importlib.metadata import version
 
 from asyncflow_api import problems
 from asyncflow_api.auth import Authentication, Tokens
-from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.files import Files
+from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.limits import Limits
 from asyncflow_api.measures import Durations
 from asyncflow_api.openai_errors import OpenAIErrors

@@ -141,7 +141,6 @@ def read_lines(content: bytes) -> Iterator[dict[str, Any]]:
         yield _row(line, f"line {number}")
     if not read:
         raise bad_file("it has no lines: write one JSON object on each, with `messages` or a `prompt`")
-    return rows
 
 
 def _row(line: bytes, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a fine-tuning job of OpenAI's API to a configuration of AsyncFlow. docs/fine_tuning.md has the same as tables."""
+"""From a fine-tuning job of OpenAI's API to a configuration of AsyncFlow; docs/fine_tuning.md has the same in tables."""
 
 from __future__ import annotations
 

@@ -47,8 +47,9 @@ class OpenAIErrors:
                 return
             problem = json.loads(body)
             answer = json.dumps({"error": error_of(problem)}).encode()
-            # What is wrong in the request is 400 there, also where the request can be read.
-            start["status"] = 400 if problem["status"] == 422 else problem["status"]
+            # What is wrong in a request is 400 there. Their clients send again what was answered with 409, which is of
+            # no use here: a job that has ended stays so.
+            start["status"] = 400 if problem["status"] in (409, 422) else problem["status"]
             headers = MutableHeaders(scope=start)
             headers["Content-Type"] = "application/json"
             headers["Content-Length"] = str(len(answer))

@@ -370,8 +370,9 @@ class Database:
             self.file(file_id)
             marks = ",".join("?" * len(ENDED))
             sql = (
-                "SELECT id FROM jobs JOIN fine_tuning ON job_id=id WHERE ? IN (json_extract(request, '$.training_file'),"
-                f" json_extract(request, '$.validation_file')) AND state NOT IN ({marks})"
+                "SELECT id FROM jobs JOIN fine_tuning ON job_id=id WHERE ? IN"
+                " (json_extract(request, '$.training_file'), json_extract(request, '$.validation_file'))"
+                f" AND state NOT IN ({marks})"
             )
             if found := db.execute(sql, (file_id, *ENDED)).fetchone():
                 raise UserError(f"{found['id']} reads {file_id}: wait until it has ended, or cancel it first")

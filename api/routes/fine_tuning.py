@@ -1,11 +1,11 @@
-"""Jobs in the shape of OpenAI's fine-tuning API: the same jobs as under /v1/jobs, with other names for what they have."""
+"""Jobs in the shape of OpenAI's fine-tuning API: the same jobs as under /v1/jobs, with other names for it."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 from asyncflow_api.dependencies import Reads, Submits, TheJobs, served
 from asyncflow_api.fine_tuning import configuration, parameter_of, refused

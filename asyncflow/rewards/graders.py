@@ -30,7 +30,7 @@ OPERATIONS: Final[Mapping[str, Callable[[str, str], bool]]] = {
 }
 
 
-def string_check(*, input: object = None, reference: object = None, operation: object = None) -> RewardFunction:  # noqa: A002 - OpenAI's name
+def string_check(*, input: object = None, reference: object = None, operation: object = None) -> RewardFunction:
     """A function that gives 1.0 where the operation holds, else 0.0.
 
     `eq` and `ne` compare as it is; `like` looks for the reference within the input, `ilike` without regard to case.
