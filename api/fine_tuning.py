@@ -1,4 +1,4 @@
-"""From a fine-tuning job of OpenAI's API to a configuration of AsyncFlow; docs/fine_tuning.md has the same in tables."""
+"""From a fine-tuning job of OpenAI's API to a configuration of AsyncFlow: docs/fine_tuning.md has it in tables."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def configuration(
     reward = _reward(grader, files)
     for key in sorted(_keys(asked.asyncflow) & SAID_ELSEWHERE.keys()):
         raise _wrong(f"asyncflow.{key}", f"say it with {SAID_ELSEWHERE[key]}")
+    if not isinstance(asked.asyncflow.get("data", {}), Mapping):
+        raise _wrong("asyncflow.data", "it is a section: give an object with the settings")
     chosen = _chosen(method.hyperparameters, lines=training[0].lines, evaluates=validation is not None)
     generations = _generations(chosen["compute_multiplier"])
     rate = asked.asyncflow.get("learning_rate", LEARNING_RATE)

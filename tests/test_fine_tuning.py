@@ -342,7 +342,7 @@ def grader(**changes: Any) -> Any:
         ({"method": reinforcement({"type": "multi"})}, "grader.type", "formula"),
         ({"method": reinforcement({"type": "other"})}, "grader", "string_check"),
         ({"method": reinforcement({"type": "asyncflow", "name": "os:system"})}, "grader", "does not import"),
-        ({"method": grader(operation="regex")}, "grader.string_check.operation", "string_check"),
+        ({"method": grader(operation="regex")}, "grader.operation", "string_check"),
         ({"method": grader(reference="{{item.nothing}}")}, "grader.reference", "not every line of file-"),
         ({"method": grader(reference="{{item.__class__.x}}")}, "grader.reference", "not every line"),
         ({"method": grader(input="{{ 7*7 }}")}, "grader.input", "nothing else"),
