@@ -112,7 +112,7 @@ def _reinforcement(asked: CreateFineTuningJob) -> Any:
     if asked.hyperparameters:
         raise _wrong("hyperparameters", f"they belong to supervised training: say them in {HYPERPARAMETERS}")
     if asked.integrations:
-        raise _wrong("integrations", "there are none here: leave it out, GET /v1/prometheus has the metrics")
+        raise _wrong("integrations", "there are none here: leave it out, GET /metrics has what Prometheus collects")
     if method is None or method.type != "reinforcement":
         kind = "supervised, as without a method," if method is None else method.type
         text = f'AsyncFlow trains by reinforcement, and not {kind}: send {{"type": "reinforcement", …}}'

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from asyncflow_api.schemas import Request
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Item = TypeVar("Item")
 Auto = Literal["auto"]
 FileId = Annotated[str, StringConstraints(max_length=64)]
 
 
-class StringCheck(Request):
+class Asked(BaseModel):
+    """Base of what clients send: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StringCheck(Asked):
     """Compares text: `asyncflow.rewards.graders`."""
 
     type: Literal["string_check"]
@@ -25,7 +30,7 @@ class StringCheck(Request):
     operation: Literal["eq", "ne", "like", "ilike"]
 
 
-class NamedReward(Request):
+class NamedReward(Asked):
     """One of AsyncFlow's reward functions, which OpenAI does not have."""
 
     type: Literal["asyncflow"]
@@ -36,7 +41,7 @@ class NamedReward(Request):
 Grader = Annotated[StringCheck | NamedReward, Field(discriminator="type")]
 
 
-class Hyperparameters(Request):
+class Hyperparameters(Asked):
     """`auto` and what is left out are chosen here, and told in the answer."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=1000, strict=True)] = "auto"
@@ -51,13 +56,13 @@ class Hyperparameters(Request):
     reasoning_effort: str = "default"
 
 
-class Reinforcement(Request):
+class Reinforcement(Asked):
     grader: dict[str, Any]
     """`Grader`; looked at apart, to say more of those that are not taken."""
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
 
 
-class Method(Request):
+class Method(Asked):
     type: Literal["supervised", "dpo", "reinforcement"]
     reinforcement: Reinforcement | None = None
     supervised: dict[str, Any] | None = None
@@ -69,7 +74,7 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 
-class CreateFineTuningJob(Request):
+class CreateFineTuningJob(Asked):
     """A model to train."""
 
     model: Annotated[str, StringConstraints(max_length=500)]
