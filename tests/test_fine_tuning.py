@@ -11,7 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from asyncflow_api.files import Files
 from asyncflow_api.jobs.database import Database
+from asyncflow_api.jobs.service import Jobs
+from asyncflow_api.problems import Problem
+from asyncflow_api.settings import Settings
 from openai.types.fine_tuning import FineTuningJob
 
 from asyncflow.config import RewardConfig
@@ -419,6 +423,25 @@ def test_too_many_requests_are_told_in_the_same_shape(tmp_path: Path) -> None:
 
 
 # What it is made of
+
+
+def test_there_is_room_for_so_many_files_and_so_many_bytes(tmp_path: Path) -> None:
+    many = Settings(home=tmp_path / "many", max_files=1)
+    large = Settings(home=tmp_path / "large", max_files_bytes=len(GOOD))
+    for settings in (many, large):
+        jobs = Jobs(settings)
+        try:
+            files = Files(jobs)
+            kept = files.add("a", GOOD)
+            with pytest.raises(Problem, match="delete some"):
+                files.add("b", GOOD)
+            files.delete(kept.id)
+            assert files.add("c", GOOD).seq == 2
+            (settings.files_dir / "file-left-behind").mkdir()
+            files.tidy()
+            assert len(list(settings.files_dir.iterdir())) == 1
+        finally:
+            jobs.close()
 
 
 def test_a_home_that_knew_no_files_gets_them(tmp_path: Path) -> None:
