@@ -230,7 +230,7 @@ def test_it_is_the_same_job_as_the_services_own(
     assert config["reward"][0]["use"] == "string_check"
     assert job["summary"]["outcome"] == "finished"
     assert client.fine_tuning.jobs.retrieve(job["id"]).id == finished.id
-    other = service.submit(tiny(model="no such model"))
+    other = service.submit(tiny(max_new_tokens=100_000))
     with pytest.raises(openai.NotFoundError, match="under /v1/jobs"):
         client.fine_tuning.jobs.retrieve(other)
 
@@ -350,6 +350,8 @@ def grader(**changes: Any) -> Any:
         ({"method": grader(reference="{{item.nothing}}")}, "grader.reference", "not every line of file-"),
         ({"method": grader(reference="{{item.__class__.x}}")}, "grader.reference", "not every line"),
         ({"method": grader(input="{{ 7*7 }}")}, "grader.input", "nothing else"),
+        ({"method": grader(input="{{ a{b }}")}, "grader.input", "nothing closes"),
+        ({"method": grader(input="{{" + " " * 9000)}, "grader.input", "nothing closes"),
         ({"method": reinforcement(reasoning_effort="high")}, "reasoning_effort", "no such setting"),
         ({"method": reinforcement(eval_samples=4)}, "eval_samples", "one completion"),
         ({"method": reinforcement(eval_interval=4)}, "eval_interval", "name a validation_file"),

@@ -18,7 +18,7 @@ from typing import Any, Final
 from asyncflow.errors import ConfigError
 from asyncflow.rewards.functions import RewardFunction
 
-PLACE: Final = re.compile(r"\{\{\s*(.*?)\s*\}\}", re.DOTALL)
+PLACE: Final = re.compile(r"\{\{([^{}]*)\}\}")
 COLUMN: Final = re.compile(r"item((?:\.\w+)+)")
 OUTPUT: Final = "sample.output_text"
 
@@ -62,6 +62,8 @@ class Template:
         """Raises ConfigError for a place that is neither; `name` is that of the setting."""
         if not isinstance(text, str):
             raise ConfigError(f"reward string_check: {name} must be text, such as {{{{{OUTPUT}}}}}")
+        if "{{" in PLACE.sub("", text):
+            raise ConfigError(f"reward string_check: {name} has {{{{ that nothing closes: write {{{{{OUTPUT}}}}}")
         self._text = text
         self.columns: frozenset[str] = frozenset(_columns(name, PLACE.findall(text)))
         """Columns of the data that it needs."""
@@ -70,13 +72,14 @@ class Template:
         """Raises ValueError for an item that has not what is needed."""
 
         def value(place: re.Match[str]) -> str:
-            return completion if place[1] == OUTPUT else _text_of(place[1], item)
+            name = place[1].strip()
+            return completion if name == OUTPUT else _text_of(name, item)
 
         return PLACE.sub(value, self._text)
 
 
 def _columns(name: str, places: Iterable[str]) -> Iterable[str]:
-    for place in places:
+    for place in map(str.strip, places):
         if place == OUTPUT:
             continue
         if COLUMN.fullmatch(place) is None:
