@@ -14,13 +14,17 @@ from importlib.metadata import version
 
 from asyncflow_api import problems
 from asyncflow_api.auth import Authentication, Tokens
+from asyncflow_api.files import Files
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.limits import Limits
 from asyncflow_api.measures import Durations
+from asyncflow_api.openai_errors import OpenAIErrors
 from asyncflow_api.routes import (
     completions,
     dashboard,
     exchange,
+    files,
+    fine_tuning,
     history,
     metrics_of_job,
     prometheus,
@@ -48,6 +52,8 @@ ROUTERS = (
     exchange.router,
     completions.router,
     prometheus.router,
+    files.router,
+    fine_tuning.router,
     dashboard.router,
 )
 """One line for each file in `routes/`."""
@@ -68,6 +74,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
             app.state.jobs = found
             app.state.tokens = Tokens(found.database, clock)
             app.state.tokens.first(settings.token_file)
+            Files(found).tidy()
             found.start()
             yield
         finally:
@@ -88,7 +95,8 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
     app.add_middleware(Limits, settings=settings, clock=clock)
     app.add_middleware(Authentication, settings=settings, tokens=lambda: app.state.tokens, clock=clock)
     app.add_middleware(Durations, registry=app.state.measures)
-    app.add_middleware(problems.Outermost)  # the last one added comes first
+    app.add_middleware(problems.Outermost)
+    app.add_middleware(OpenAIErrors)  # the last one added comes first
     for router in ROUTERS:
         app.include_router(router)
     return app

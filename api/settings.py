@@ -38,6 +38,10 @@ class Settings:
     """Bytes of one with samples or prompts."""
     max_bulk_body: int = 64 << 20
     """The same as Arrow, which is not copied to be read."""
+    max_files: int = 1000
+    """Files that clients may leave here."""
+    max_files_bytes: int = 4 << 30
+    """Bytes of all of them."""
     max_bodies: int = 256 << 20
     """Bytes of all bodies that are being received."""
     body_timeout: float = 30.0
@@ -64,6 +68,11 @@ class Settings:
     def token_file(self) -> Path:
         """Holds the first admin token; for its owner only."""
         return self.home / "token"
+
+    @property
+    def files_dir(self) -> Path:
+        """What clients sent to be trained on."""
+        return self.home / "files"
 
     @property
     def jobs_dir(self) -> Path:

@@ -62,6 +62,8 @@ class RewardConfig(Section):
     """Short name (`last_number`), or import path `package.module:function`."""
     weight: float = 1.0
     """Factor of this function's value in the sum."""
+    options: dict[str, Any] = {}
+    """Settings of a function that is made from some (`string_check`); the others take none."""
 
 
 class DataConfig(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from asyncflow_api.app import create_app
+from asyncflow_api.openai_errors import ROUTES
 from asyncflow_api.settings import Settings
 from fastapi.testclient import TestClient
 
@@ -46,8 +47,10 @@ def test_the_specification_has_every_route_and_every_kind_of_error(http: TestCli
     assert {"/healthz", "/v1/jobs", "/v1/jobs/{job_id}/events", "/v1/tokens"} <= specification["paths"].keys()
     for path, methods in specification["paths"].items():
         for method, operation in methods.items():
-            problem = operation["responses"]["4XX"]["content"]["application/problem+json"]
-            assert problem["schema"] == {"$ref": "#/components/schemas/ProblemBody"}, (method, path)
+            content = operation["responses"]["4XX"]["content"]
+            openai = ROUTES.fullmatch(path) is not None
+            kind, name = ("application/json", "OpenAIError") if openai else ("application/problem+json", "ProblemBody")
+            assert content == {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}}}, (method, path)
             assert "422" not in operation["responses"]
 
 

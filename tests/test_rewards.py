@@ -435,7 +435,7 @@ def test_a_module_in_the_current_folder_is_found(folder: Path) -> None:
         (
             "zzz",
             ConfigError,
-            "use one of digit_share, last_number, math_verify, reasoning_gym, or package.module:function",
+            "use one of digit_share, last_number, math_verify, reasoning_gym, string_check, or package.module:function",
         ),
         ("rewards.py:f", ConfigError, "there is no module rewards.py"),
         ("a/b.py:f", ConfigError, "there is no reward function 'a/b.py:f'"),

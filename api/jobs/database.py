@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from asyncflow_api.jobs.lifecycle import ENDED, State, check
-from asyncflow_api.jobs.rows import EventRow, JobRow, Level, NewJob, Once, Reason
+from asyncflow_api.jobs.rows import EventRow, FileRow, JobRow, Level, NewJob, Once, Reason
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.errors import AsyncFlowError, UserError
@@ -79,10 +79,32 @@ CREATE TABLE sessions (
     expires_at REAL NOT NULL
 );
 """
+ADDED: Final = """
+CREATE TABLE IF NOT EXISTS files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    lines INTEGER NOT NULL,
+    "distinct" INTEGER NOT NULL,
+    columns TEXT NOT NULL,    -- JSON
+    created_at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fine_tuning (
+    job_id TEXT PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
+    request TEXT NOT NULL     -- JSON
+);
+"""
+"""Tables that an older home does not have: it gets them at its next start, and nothing else changes in it."""
 
 
 class NoSuchJob(AsyncFlowError):
     """There is no job of this id."""
+
+
+class NoSuchFile(AsyncFlowError):
+    """There is no file of this id."""
 
 
 class Changed(AsyncFlowError):
@@ -114,6 +136,7 @@ class Database:
                 self._connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
             elif found != FORMAT:
                 raise UserError(f"{path} has format {found}, this release reads {FORMAT}: use the matching release")
+            self._connection.executescript(ADDED)
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise UserError(f"{path} cannot be read ({error}): restore it, or name another --home") from None
@@ -148,7 +171,7 @@ class Database:
     def add(self, new: NewJob, *, max_staleness: int | None = None, once: Once | None = None) -> tuple[JobRow, bool]:
         """A job that is validating; or, and then True, the one that the same request made before.
 
-        Raises KeyReused.
+        Raises KeyReused, and NoSuchFile for a request that names one.
         """
         job_id, now = f"job_{secrets.token_hex(10)}", self._clock.wall()
         with self.transaction() as db:
@@ -171,6 +194,12 @@ class Database:
                 (job_id, new.name, State.validating, new.priority, json.dumps(dict(new.labels)),
                  json.dumps(new.config), new.resume_from, max_staleness, now, now),
             )  # fmt: skip
+            if new.request is not None:
+                for key in ("training_file", "validation_file"):
+                    # Once more, together with the job: one that is there now is kept until the job has ended.
+                    if (file_id := new.request.get(key)) is not None:
+                        self.file(file_id)
+                db.execute("INSERT INTO fine_tuning VALUES (?,?)", (job_id, json.dumps(new.request)))
             self._tell(db, job_id, "state", "the job was submitted", {"to": State.validating}, "info")
             return self.get(job_id), False
 
@@ -203,6 +232,35 @@ class Database:
             values.append(before)
         sql = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
         return [_job(row) for row in self.read(sql, *values, -1 if limit is None else limit)]
+
+    def requests(
+        self, *, metadata: Mapping[str, str], before: int | None, limit: int
+    ) -> list[tuple[JobRow, Mapping[str, Any]]]:
+        """Jobs that came as fine-tuning jobs, with what was asked for, the newest first. Arguments as of `jobs`."""
+        where, values = ["1"], list[object]()
+        for name, value in metadata.items():
+            where.append("EXISTS (SELECT 1 FROM json_each(request, '$.metadata') WHERE key=? AND value=?)")
+            values += [name, value]
+        if before is not None:
+            where.append("seq<?")
+            values.append(before)
+        sql = (
+            f"SELECT jobs.*, request FROM jobs JOIN fine_tuning ON job_id=id WHERE {' AND '.join(where)}"
+            " ORDER BY seq DESC LIMIT ?"
+        )
+        found = []
+        for row in self.read(sql, *values, limit):
+            columns = dict(row)
+            request = json.loads(columns.pop("request"))
+            found.append((_job(columns), request))
+        return found
+
+    def request(self, job_id: str) -> tuple[JobRow, Mapping[str, Any]]:
+        """One of them. Raises NoSuchJob."""
+        rows = self.read("SELECT request FROM fine_tuning WHERE job_id=?", job_id)
+        if not rows:
+            raise NoSuchJob(f"there is no fine-tuning job {job_id}")
+        return self.get(job_id), json.loads(rows[0]["request"])
 
     def next_queued(self) -> JobRow | None:
         """The one that starts next: of the highest priority, and of those the oldest."""
@@ -279,6 +337,47 @@ class Database:
         """The `seq` of the last event; 0 when there is none."""
         return int(self.read("SELECT COALESCE(MAX(seq), 0) FROM events")[0][0])
 
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def add_file(self, new: FileRow) -> FileRow:
+        """`seq` is given here."""
+        with self.transaction() as db:
+            db.execute(
+                'INSERT INTO files (id, name, purpose, bytes, lines, "distinct", columns, created_at)'
+                " VALUES (?,?,?,?,?,?,?,?)",
+                (new.id, new.name, new.purpose, new.bytes, new.lines, new.distinct, json.dumps(list(new.columns)),
+                 new.created_at),
+            )  # fmt: skip
+            return self.file(new.id)
+
+    def file(self, file_id: str) -> FileRow:
+        """Raises NoSuchFile."""
+        rows = self.read("SELECT * FROM files WHERE id=?", file_id)
+        if not rows:
+            raise NoSuchFile(f"there is no file {file_id[:64]}")
+        return _file(rows[0])
+
+    def files(self, *, after: int | None = None, newest_first: bool = True, limit: int | None = None) -> list[FileRow]:
+        """`after`: from behind the file with this `seq`, in the order that is asked for."""
+        sign, order = ("<", "DESC") if newest_first else (">", "ASC")
+        where, values = ("1", ()) if after is None else (f"seq{sign}?", (after,))
+        sql = f"SELECT * FROM files WHERE {where} ORDER BY seq {order} LIMIT ?"
+        return [_file(row) for row in self.read(sql, *values, -1 if limit is None else limit)]
+
+    def delete_file(self, file_id: str) -> None:
+        """Raises NoSuchFile, and UserError for one that a job still reads."""
+        with self.transaction() as db:
+            self.file(file_id)
+            marks = ",".join("?" * len(ENDED))
+            sql = (
+                "SELECT id FROM jobs JOIN fine_tuning ON job_id=id WHERE ? IN"
+                " (json_extract(request, '$.training_file'), json_extract(request, '$.validation_file'))"
+                f" AND state NOT IN ({marks})"
+            )
+            if found := db.execute(sql, (file_id, *ENDED)).fetchone():
+                raise UserError(f"{found['id']} reads {file_id}: wait until it has ended, or cancel it first")
+            db.execute("DELETE FROM files WHERE id=?", (file_id,))
+
     def _checked(self, job_id: str, revision: int | None) -> JobRow:
         job = self.get(job_id)
         if revision is not None and revision != job.revision:
@@ -302,7 +401,7 @@ class Database:
         )
 
 
-def _job(row: sqlite3.Row) -> JobRow:
+def _job(row: sqlite3.Row | Mapping[str, Any]) -> JobRow:
     values = dict(row)
     values["state"] = State(values["state"])
     for name in ("labels", "config", "resolved"):
@@ -310,6 +409,12 @@ def _job(row: sqlite3.Row) -> JobRow:
     reason = values["reason"]
     values["reason"] = None if reason is None else Reason(**json.loads(reason))
     return JobRow(**values)
+
+
+def _file(row: sqlite3.Row) -> FileRow:
+    values = dict(row)
+    values["columns"] = json.loads(values["columns"])
+    return FileRow(**values)
 
 
 def _event(row: sqlite3.Row) -> EventRow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,7 +45,7 @@ def _refusals(config: Config, settings: Settings) -> Iterator[tuple[str, str]]:
         yield from _model("reference.model", config.reference.model, settings)
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if source is not None and not source.startswith(GENERATOR):
-            yield from _path(key, source, settings)
+            yield from _path(key, source, settings, also=(settings.files_dir,))
     if config.data.template is not None:
         yield from _template(config.data.template)
     sections: dict[str, Mapping[str, Any]] = {
@@ -78,8 +78,8 @@ def _model(key: str, name: str, settings: Settings) -> Iterator[tuple[str, str]]
     yield from _path(key, name, settings)
 
 
-def _path(key: str, name: str, settings: Settings) -> Iterator[tuple[str, str]]:
-    """A path is where it leads to once every link is followed."""
+def _path(key: str, name: str, settings: Settings, also: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
+    """A path is where it leads to once every link is followed. `also`: further folders in which it may be."""
     try:
         if "\0" in name or "://" in name:
             raise ValueError
@@ -87,7 +87,7 @@ def _path(key: str, name: str, settings: Settings) -> Iterator[tuple[str, str]]:
     except (OSError, RuntimeError, ValueError):
         yield key, f"{key}: {_short(name)} is no path that this service can follow: name a file in an allowed folder"
         return
-    if not any(found.is_relative_to(folder.resolve()) for folder in settings.allow_paths):
+    if not any(found.is_relative_to(folder.resolve()) for folder in (*settings.allow_paths, *also)):
         yield (
             key,
             f"{key}: {_short(name)} is not in a folder that this service may read: use a short name, or have it "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class NewJob:
     labels: Mapping[str, str]
     resume_from: str | None = None
     """Id of a job that has ended, whose run this one goes on with."""
+    request: Mapping[str, Any] | None = None
+    """What was asked for, where it came as a fine-tuning job: `FineTuningRequest` as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,26 @@ class TokenRow:
     scope: Scope
     created_at: float
     expires_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRow:
+    """A file that somebody sent."""
+
+    seq: int
+    """Position in the order in which they came."""
+    id: str
+    name: str
+    """As its sender calls it; never part of a path."""
+    purpose: str
+    bytes: int
+    lines: int
+    """Problems in it."""
+    distinct: int
+    """Problems with different prompts."""
+    columns: Sequence[str]
+    """Those that every line has, beside its prompt."""
+    created_at: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,7 @@ class Jobs:
             if not before.ended or not (self.folder(before.id).run / LEDGER).is_file():
                 text = f"{before.id} has no run to go on with: name a job that has ended and had begun"
                 raise Invalid([FieldError(field="resume_from", message=text)])
-            values = _overlaid(before.resolved or before.config, values)
+            values = overlaid(before.resolved or before.config, values)
         try:
             config = parse_config(values)
         except ConfigError as error:
@@ -266,10 +266,10 @@ def _entries(value: object) -> int:
     return 0
 
 
-def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values, those of `above` where both have one."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 from asyncflow_api import sse
@@ -149,26 +152,28 @@ def checkpoints(
     job_id: str, jobs: TheJobs, _: Reads, cursor: CursorText = None, limit: Limit = 20
 ) -> Page[CheckpointBody]:
     """Complete checkpoints of a run, oldest first."""
-    after = position("checkpoints", cursor) or ""
-    folders = sorted((jobs.run_dir(job_id) / CHECKPOINTS).glob("step-*"))
-    found: list[CheckpointBody] = []
-    for folder in folders:
-        if folder.name > after and len(found) <= limit:
-            try:
-                one = read(folder)
-                found.append(
-                    CheckpointBody(
-                        id=folder.name,
-                        step=one.version.n,
-                        version=str(one.version),
-                        digest=one.digest,
-                        bytes=sum(size for size, _digest in one.files.values()),
-                        created_at=rfc3339(folder.stat().st_mtime),
-                    )
-                )
-            except (CheckpointError, OSError):
-                continue  # it was removed in this moment, as newer ones are there
-    return page_of("checkpoints", found, limit, [one.id for one in found])
+    found = list(islice(complete_checkpoints(jobs.run_dir(job_id), position("checkpoints", cursor) or ""), limit + 1))
+    return page_of("checkpoints", [body for body, _written in found], limit, [body.id for body, _written in found])
+
+
+def complete_checkpoints(run_dir: Path, after: str = "") -> Iterator[tuple[CheckpointBody, float]]:
+    """Those of a run behind one of this id, oldest first, and when they were written, in seconds since the epoch."""
+    for folder in sorted((run_dir / CHECKPOINTS).glob("step-*")):
+        if folder.name <= after:
+            continue
+        try:
+            one, written = read(folder), folder.stat().st_mtime
+        except (CheckpointError, OSError):
+            continue  # it was removed in this moment, as newer ones are there
+        body = CheckpointBody(
+            id=folder.name,
+            step=one.version.n,
+            version=str(one.version),
+            digest=one.digest,
+            bytes=sum(size for size, _digest in one.files.values()),
+            created_at=rfc3339(written),
+        )
+        yield body, written
 
 
 @router.get("/jobs/{job_id}/report", response_class=FileResponse)

@@ -7,12 +7,13 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asyncflow.config import RewardConfig
 from asyncflow.errors import ConfigError, RewardError
 from asyncflow.rewards.functions import BUILT_IN, RewardFunction
+from asyncflow.rewards.graders import MADE
 from asyncflow.rewards.reward import Reward
 from asyncflow.user_code import look_in_current_folder
 
@@ -37,9 +38,10 @@ def load_reward(
         raise ConfigError("name at least one reward function")
     named = [(spec.use if isinstance(spec, RewardConfig) else _own_name(spec), spec) for spec in specs]
     loaded = [
-        (use, _find(use), spec.weight) if isinstance(spec, RewardConfig) else (use, spec, 1.0) for use, spec in named
+        (use, _find(use, spec.options), spec.weight) if isinstance(spec, RewardConfig) else (use, spec, 1.0)
+        for use, spec in named
     ]
-    own_names = [use if use in BUILT_IN else _own_name(function) for use, function, _ in loaded]
+    own_names = [use if use in BUILT_IN or use in MADE else _own_name(function) for use, function, _ in loaded]
     functions: dict[str, tuple[RewardFunction, float]] = {}
     for (use, function, weight), own_name in zip(loaded, own_names, strict=True):
         name = own_name if own_names.count(own_name) == 1 else use
@@ -56,16 +58,22 @@ def _own_name(function: Any) -> str:
     return "lambda" if name == "<lambda>" else name
 
 
-def _find(use: str) -> RewardFunction:
+def _find(use: str, options: Mapping[str, Any]) -> RewardFunction:
+    if use in MADE:
+        try:
+            return MADE[use](**options)
+        except TypeError:
+            raise ConfigError(
+                f"reward {use}: {', '.join(options)} are not its options: give it those that its description names"
+            ) from None
+    if options:
+        raise ConfigError(f"reward {use}: only {', '.join(MADE)} takes options: leave them out")
     if use in BUILT_IN:
         return BUILT_IN[use]
     if not IMPORT_PATH.fullmatch(use):
-        near = difflib.get_close_matches(use, BUILT_IN, n=1)
-        hint = (
-            f"did you mean {near[0]}?"
-            if near
-            else f"use one of {', '.join(sorted(BUILT_IN))}, or package.module:function"
-        )
+        known = sorted({*BUILT_IN, *MADE})
+        near = difflib.get_close_matches(use, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}, or package.module:function"
         raise ConfigError(f"there is no reward function {use!r}: {hint}")
     module_name, _, attributes = use.partition(":")
     module = _import(module_name, use)
