@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 
 STATIC = Path(__file__).parent.parent / "static"
 
@@ -68,7 +68,7 @@ def make_router(folder: Path = STATIC) -> APIRouter:
     def send(request: Request, name: str) -> Response:
         file = files.get(name)
         if file is None:
-            return Response("There is no such file.\n", 404, HEADERS, "text/plain")
+            raise HTTPException(404, headers=HEADERS)
         headers = {**HEADERS, "ETag": file.etag}
         if file.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)

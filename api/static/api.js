@@ -11,10 +11,17 @@ export class Refused extends Error {
 const DEADLINE = 30_000; // milliseconds
 
 let whenLoggedOut = () => {};
+let asked = new AbortController();
 
 /** Whom to call when the session has ended. */
 export function onLoggedOut(listener) {
   whenLoggedOut = listener;
+}
+
+/** Nobody waits any more for what has been asked. */
+export function abandon() {
+  asked.abort();
+  asked = new AbortController();
 }
 
 async function send(method, path, { body, headers = {}, as = "json", deadline = DEADLINE } = {}) {
@@ -22,7 +29,7 @@ async function send(method, path, { body, headers = {}, as = "json", deadline = 
     method,
     headers: { Accept: as === "json" ? "application/json" : "text/plain", ...headers },
     credentials: "same-origin",
-    signal: AbortSignal.timeout(deadline),
+    signal: AbortSignal.any([asked.signal, AbortSignal.timeout(deadline)]),
   };
   if (method !== "GET") options.headers["X-CSRF"] = "1";
   if (body !== undefined) {

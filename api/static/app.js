@@ -1,6 +1,6 @@
 // The frame: session, connection, and which page is shown. The address is `#/`, `#/submit` or `#/jobs/<id>/<tab>`.
 
-import { get, onLoggedOut, post } from "./api.js";
+import { abandon, get, onLoggedOut, post } from "./api.js";
 import { h, replace, setText } from "./dom.js";
 import { clock } from "./format.js";
 import { closeStreams, onConnection, retryNow } from "./live.js";
@@ -115,6 +115,10 @@ document.getElementById("skip").addEventListener("click", (event) => {
 });
 
 document.getElementById("logout").addEventListener("click", async () => {
+  // Nothing may be asked of the service by the page after the session has ended.
+  closeStreams();
+  page?.close();
+  abandon();
   await post("/v1/logout").catch(() => {});
   showLogin();
 });
