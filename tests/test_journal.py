@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from asyncflow.errors import LedgerError
 from asyncflow.store.events import PLAIN, Acked, Committed, Leased, Opened, Returned, Served, from_json
-from asyncflow.store.journal import Journal, LedgerReader, read_ledger
+from asyncflow.store.journal import CHECKPOINT_BYTES, PAGE, Journal, LedgerReader, read_ledger
 
 TERMS = Opened(train_batch_size=4, num_generations=2, max_staleness=1, last_version=None, min_group=1, max_attempts=3)
 SOON = 10.0
@@ -158,6 +159,51 @@ def test_what_is_synced_is_what_sqlite_reads(tmp_path: Path) -> None:
 
     assert max(sizes) < 200 * 4096  # it did begin anew
     assert [r.lsn for r in read_ledger(tmp_path / "ledger.sqlite")] == list(range(1, 202))
+
+
+class Checkpoints:
+    """Folds nothing; fails in the way that is set."""
+
+    def __init__(self) -> None:
+        self.error: int | None = None
+        self.calls = 0
+
+    def __call__(self, db: sqlite3.Connection) -> None:
+        self.calls += 1
+        if self.error is not None:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = self.error
+            raise error
+
+
+def test_only_the_journal_folds_the_log_and_what_fails_there_is_the_end(tmp_path: Path) -> None:
+    """SQLite's own checkpoints would keep a failed sync of the database to themselves, and try again."""
+    checkpoints = Checkpoints()
+    journal(tmp_path, lambda _: None).close()
+    log = Journal(tmp_path / "ledger.sqlite", checkpoint=checkpoints)
+
+    def append_until(calls: int) -> None:
+        for number in range(CHECKPOINT_BYTES // PAGE):
+            log.append([event(number)], 0.0)
+            if checkpoints.calls == calls:
+                return
+
+    append_until(1)
+    # SQLite folds after 1000 pages, if it is not told.
+    assert (tmp_path / "ledger.sqlite-wal").stat().st_size > 5000 * PAGE
+
+    checkpoints.error = sqlite3.SQLITE_FULL  # a full disk breaks no promise: it is tried again
+    append_until(2)
+    checkpoints.error = sqlite3.SQLITE_IOERR | (4 << 8)  # SQLITE_IOERR_FSYNC
+    append_until(3)
+    written = log.lsn  # this one was, and says so
+    with pytest.raises(LedgerError, match="cannot be synced"):
+        log.append([event(0)], 0.0)
+    with pytest.raises(LedgerError, match="cannot be synced"):
+        log.sync_to(written)
+    assert checkpoints.calls == 3
+    log.close()
+    assert [r.lsn for r in read_ledger(tmp_path / "ledger.sqlite")] == list(range(1, written + 1))
 
 
 def test_after_close_nothing_is_recorded(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ who wait for it share one fdatasync of the log. SQLite's authors name this way t
   been made.
 
 After a sync that failed nobody knows what is on disk, and Linux reports it once: the journal refuses everything from
-then on, and tries nothing again (https://wiki.postgresql.org/wiki/Fsync_Errors).
+then on, and tries nothing again (https://wiki.postgresql.org/wiki/Fsync_Errors). SQLite's automatic checkpoints are off
+for that: they keep their errors to themselves, and try again (https://www.sqlite.org/c3ref/wal_autocheckpoint.html).
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ Durability = Literal["memory", "process", "power"]
 so that every sample is accounted for."""
 
 FORMAT: Final = 2
-CHECKPOINT_PAGES: Final = 16384
-"""Length of the log at which the appending thread folds it into the database, if `sync` did not come before it."""
+CHECKPOINT_BYTES: Final = 32 << 20
+"""Of events since the log was last folded into the database, after which the appending thread does so."""
+PAGE: Final = 4096
+"""What a transaction adds to the log at least."""
 _INSERT = "INSERT INTO events(lsn, at, kind, body) VALUES (?, ?, ?, ?)"
 _LINE = "SELECT at, kind, body FROM events WHERE lsn = ?"
 
@@ -60,26 +63,40 @@ class Record:
     event: Event
 
 
+def _checkpoint(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
 class Journal:
     """Writes a ledger. Only one process writes to a ledger.
 
     `append` is for one thread at a time: the broker holds its lock. All others may be called in any thread.
     """
 
-    def __init__(self, path: Path, *, fdatasync: Callable[[int], None] = os.fdatasync) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fdatasync: Callable[[int], None] = os.fdatasync,
+        checkpoint: Callable[[sqlite3.Connection], None] = _checkpoint,
+    ) -> None:
         """Go on with a ledger. Raises LedgerError when there is none, or it cannot be opened.
 
-        `fdatasync` makes the content of a descriptor durable or raises OSError: tests give another one.
+        `fdatasync` makes the content of a descriptor durable or raises OSError, `checkpoint` folds the log into the
+        database or raises sqlite3.Error: tests give others.
         """
         if not path.is_file():
             raise LedgerError(f"there is no ledger {path}: name a run directory")
         self.path = path
         self._fdatasync = fdatasync
+        self._checkpoint = checkpoint
+        self._unfolded = 0
+        """About how many bytes were appended since the last checkpoint."""
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+            self._db.execute("PRAGMA wal_autocheckpoint=0")
             (lsn,) = self._db.execute("SELECT coalesce(max(lsn), 0) FROM events").fetchone()
             self.lsn: int = lsn
             """Of the last event that was appended."""
@@ -153,6 +170,10 @@ class Journal:
                 "see that its disk has room and that nothing else writes to it, then start again"
             ) from error
         self.lsn += len(lines)
+        self._unfolded += PAGE + sum(len(body) for *_, body in lines)
+        if self._unfolded >= CHECKPOINT_BYTES:
+            with suppress(LedgerError):  # these events are written: whoever comes next hears of it
+                self._fold()
         return self.lsn
 
     def _write_together(self, lines: Sequence[tuple[int, float, str, str]]) -> None:
@@ -212,9 +233,13 @@ class Journal:
         A passive checkpoint on a connection of its own (https://www.sqlite.org/c3ref/wal_checkpoint_v2.html).
         """
         self.sync_to(self.lsn)
+        self._fold()
+
+    def _fold(self) -> None:
+        self._unfolded = 0
         try:
             with closing(sqlite3.connect(self.path)) as db:
-                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                self._checkpoint(db)
         except sqlite3.Error as error:
             failure = LedgerError(f"{self.path} cannot be synced ({error}): see that its disk works")
             failure.__cause__ = error
