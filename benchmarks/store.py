@@ -148,6 +148,14 @@ MEASUREMENTS = (
         quick={"puts": 4, "parked": 8},
     ),
     Measurement(
+        figure="reclaim",
+        keys={
+            "reclaim_after_ttl_p50_ms": Key(value=milliseconds("late_s"), less_is_better=True),
+            "reclaim_on_notice_p50_ms": Key(value=milliseconds("notice_s"), less_is_better=True),
+        },
+        quick={"times": 2, "hold": 0.05},
+    ),
+    Measurement(
         figure="idle",
         keys={
             "idle_consumer_cores": Key(

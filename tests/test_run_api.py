@@ -196,7 +196,6 @@ def test_the_stream_of_a_run_tells_what_changes_and_ends_with_it(tmp_path: Path)
     run_dir = tmp_path / "run"
     with endless_run(run_dir, UNHURRIED) as process, service(job=run_dir) as api:
         events: list[tuple[str, dict[str, Any]]] = []
-        stopper = threading.Thread(target=stop, args=(run_dir, process), daemon=True)
         with api.stream("GET", "/v1/jobs/job/live") as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
             kind = ""

@@ -4,9 +4,9 @@
 
 A client that sees the store's segments (it is on the same host) writes and reads them itself, and only says so over the
 wire; another one sends and fetches columns. A store that cannot be reached is waited for, up to `patience` seconds a
-call; a call whose answer was lost is made again. What is named happens
-once then: puts, leases, commits, acks with columns. A nack, a restore, or an ack without columns that has happened is
-refused the second time, and has happened all the same.
+call; a call whose answer was lost is made again. What is named happens once then: puts, leases, commits, acks with
+columns. What sets something to a value (`serve`, `amend`, `prioritise`, `gone`, `drop`) is the same the second time. A
+nack, a restore, or an ack without columns that has happened is refused the second time, and has happened all the same.
 """
 
 from __future__ import annotations

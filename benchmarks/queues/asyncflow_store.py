@@ -160,6 +160,9 @@ class OurStore(Queue):
     def park(self) -> None:
         self._store.lease("parked", worker=self._worker, max_rows=1, ttl=600.0, timeout=3600.0)
 
+    def die(self) -> None:
+        self._store.gone(self._worker)
+
     def clear(self) -> None:
         self._store.drop(self._put, reason="cleared")
         self._put.clear()

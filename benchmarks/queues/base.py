@@ -122,6 +122,10 @@ class Queue(ABC):
         """Wait for samples that never come, until the process is killed."""
         self.can_park()
 
+    def die(self) -> None:
+        """Tell the queue that this consumer has died. Raises MissingFeature."""
+        raise MissingFeature("what a dead consumer has taken is lost")
+
     @abstractmethod
     def clear(self) -> None:
         """Remove all that this client has put."""

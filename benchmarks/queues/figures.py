@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -144,6 +145,33 @@ def wake(
     return {"rows": rows, "interval_s": interval, "parked": parked, "wake_s": delays[4:], "put_s": put_s[4:]}
 
 
+def reclaim(side: Side, *, times: int = 20, rows: int = 16, hold: float = 0.25) -> dict[str, Any]:
+    """From the death of a consumer until another one, which waits, has the samples that it had taken: after the end of
+    its lease of `hold` seconds, and after somebody has said that it is dead."""
+    with side.open("finished") as place, clients(place) as (producer, dead), closing(place.client()) as waiting:
+        batch = producer.prepare(finished(rows))
+        late_s, notice_s = [], []
+        for _ in range(times):
+            producer.put(batch)
+            began = time.monotonic()
+            wanted(dead.take(rows, timeout=PATIENCE_S, hold=hold))
+            waiting.done(wanted(waiting.get(rows, timeout=PATIENCE_S)))
+            late_s.append(time.monotonic() - began - hold)
+
+            producer.put(batch)
+            wanted(dead.take(rows, timeout=PATIENCE_S))
+            with ThreadPoolExecutor(1) as other:
+                got = other.submit(lambda: (wanted(waiting.get(rows, timeout=PATIENCE_S)), time.monotonic()))
+                time.sleep(0.05)  # until it waits
+                began = time.monotonic()
+                dead.die()
+                samples, at = got.result()
+            notice_s.append(at - began)
+            waiting.done(samples)
+        producer.clear()
+    return {"rows": rows, "hold_s": hold, "late_s": late_s, "notice_s": notice_s}
+
+
 def idle(side: Side, *, seconds: float = 3.0, interval: float = 0.0) -> dict[str, Any]:
     """Cores that a consumer keeps busy that waits for what does not come, and the servers meanwhile and before."""
     with side.open("finished") as place, clients(place) as (producer, consumer):
@@ -268,7 +296,20 @@ def recovery(side: Side, *, rows: int = 1_000_000) -> dict[str, Any]:
 
 FIGURES: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (about, throughput, put_only, singly, small, wake, idle, resident, columns, mixed, recovery)
+    for function in (
+        about,
+        throughput,
+        put_only,
+        singly,
+        small,
+        wake,
+        reclaim,
+        idle,
+        resident,
+        columns,
+        mixed,
+        recovery,
+    )
 }
 
 
