@@ -22,6 +22,7 @@ from asyncflow.store.data import FileFrames
 from asyncflow.store.events import PutId
 from asyncflow.store.flight import StoreServer
 from asyncflow.store.frames import HEADER_BYTES
+from asyncflow.store.near import SOCKET, NearClient, Unanswered
 from asyncflow.store.remote import RemoteControl, connect
 from asyncflow.store.segments import segment_path
 from asyncflow.store.store import RESTART_GRACE, EmbeddedStore, Store
@@ -72,10 +73,12 @@ def served(tmp_path: Path) -> Iterator[Served]:
     served.close()
 
 
-@pytest.fixture(params=["near", "far"])
+@pytest.fixture(params=["near", "near without socket", "far"])
 def client(request: pytest.FixtureRequest, served: Served) -> Store:
-    """One that sees the segments, and one that does not."""
-    return served.connect(local=request.param == "near")
+    """One that sees the segments, also where the socket beside them leads nowhere, and one that does not."""
+    if request.param == "near without socket":
+        (served.folder / SOCKET).unlink()
+    return served.connect(local=request.param != "far")
 
 
 def take(store: Store, stage: str, rows: int = 100, *, timeout: float = 0.0) -> Lease:
@@ -295,24 +298,48 @@ def test_a_put_that_is_repeated_when_its_samples_have_ended_gives_the_same_answe
 class Forgetful:
     """A connection that is lost with the first answer."""
 
-    def __init__(self, client: fl.FlightClient, meanwhile: Callable[[], None]) -> None:
-        self._client = client
+    def __init__(self, way: Any, meanwhile: Callable[[], None]) -> None:
+        self._way = way
         self._meanwhile = meanwhile
 
     def do_action(self, *arguments: Any) -> Any:
-        list(self._client.do_action(*arguments))
+        list(self._way.do_action(*arguments))
         self._meanwhile()
         raise fl.FlightUnavailableError("the server was killed")
 
     def close(self) -> None:
-        self._client.close()
+        self._way.close()
+
+
+class ForgetfulNear(NearClient):
+    """A connection over the socket that loses one answer."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def call(self, name: str, body: bytes, within: float) -> memoryview:
+        answer = super().call(name, body, within)
+        if self.meanwhile is not None:
+            self.meanwhile()
+            self.meanwhile = None
+            raise Unanswered("the server was killed")
+        return answer
+
+
+def lose_an_answer(client: Store, served: Served, meanwhile: Callable[[], None]) -> None:
+    """The next one."""
+    control = client._control
+    assert isinstance(control, RemoteControl)
+    if control._near is None:
+        control._client = Forgetful(control._client, meanwhile)
+    else:
+        control._near.close()
+        control._near = ForgetfulNear(served.folder, token=TOKEN, store=control._identity)
+        control._near.meanwhile = meanwhile
 
 
 def test_a_lease_whose_answer_was_lost_is_given_again(client: Store, served: Served) -> None:
     client.admit(prompts(2), timeout=0.0)
-    control = client._control
-    assert isinstance(control, RemoteControl)
-    control._client = Forgetful(control._client, lambda: None)
+    lose_an_answer(client, served, lambda: None)
 
     lease = take(client, "rollout", 3)
 
@@ -323,9 +350,7 @@ def test_a_lease_whose_answer_was_lost_is_given_again(client: Store, served: Ser
 
 def test_a_lease_that_has_ended_before_its_answer_came_is_followed_by_another(client: Store, served: Served) -> None:
     client.admit(prompts(1), timeout=0.0)
-    control = client._control
-    assert isinstance(control, RemoteControl)
-    control._client = Forgetful(control._client, lambda: served.clock.advance(61.0))
+    lose_an_answer(client, served, lambda: served.clock.advance(61.0))
 
     lease = take(client, "rollout")
 

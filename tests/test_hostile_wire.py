@@ -23,7 +23,8 @@ import pytest
 
 from asyncflow.errors import LeaseLost, StoreError
 from asyncflow.store import wire
-from asyncflow.store.flight import MAX_PLACES, MAX_PUTS, MAX_REQUEST, MAX_WAITING, StoreServer
+from asyncflow.store.calls import MAX_REQUEST, MAX_WAITING
+from asyncflow.store.flight import MAX_PLACES, MAX_PUTS, StoreServer
 from asyncflow.store.journal import LedgerReader
 from asyncflow.store.recovery import rebuild
 from asyncflow.store.remote import connect

@@ -386,6 +386,27 @@ def test_a_lease_that_waits_is_woken_by_the_ack_it_waits_for(parked: Parked) -> 
     assert ids(waiter.join()) == [0, 1]
 
 
+def test_the_training_stage_is_woken_by_tokens_that_are_too_old_to_wait_for(parked: Parked) -> None:
+    """The place of a group that comes too late goes to the next one."""
+    bench, park = parked
+    bench.admit(4)
+    slow = bench.take("rollout", 6)
+    bench.store.ack(slow.lease_id, [0, 1, 2, 3], responses([0, 1, 2, 3]))
+    bench.score()
+    bench.commit(bench.take("train"))
+    bench.store.serve("engine", PolicyVersion(n=1))
+    bench.admit()
+    bench.generate(version=1)
+    bench.score()
+    bench.store.amend(max_staleness=0)
+    assert ids(bench.take("train")) == [6, 7]
+    waiter = park(lambda: bench.lease("train", timeout=600.0))
+
+    bench.store.ack(slow.lease_id, [4, 5], responses([4, 5], version=0))
+
+    assert ids(waiter.join()) == [8, 9]
+
+
 def test_an_admission_that_waits_is_woken_by_a_commit_that_is_served(parked: Parked) -> None:
     bench, park = parked
     bench.admit(4)

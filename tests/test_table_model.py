@@ -1124,7 +1124,7 @@ class World:
         self.wait(0, 0, 0)
         rounds = 0
         while self.seen.learner < last:
-            before = self.seen.ends.total(), self.seen.admitted, self.seen.learner, self.table.next_lease
+            before = self._progress()
             for engine in self.engines:
                 if engine.serves is None:
                     self.leave_or_join(self.engines.index(engine), 0, 0)
@@ -1144,12 +1144,16 @@ class World:
                 pass
             self.commit(0, 0, 0)
             self.check()
-            after = self.seen.ends.total(), self.seen.admitted, self.seen.learner, self.table.next_lease
-            insist(after != before, "nobody waits for ever", self.seen.learner, self.table.states)
+            insist(self._progress() != before, "nobody waits for ever", self.seen.learner, self.table.states)
             rounds += 1
         over = not self.seen.open or self.seen.shortened
         insist(over, "no sample is left over after the last step", self.seen.open)
         insist(rounds <= 2 * last + 2, "every round of honest work is worth a step", rounds)
+
+    def _progress(self) -> tuple[int, ...]:
+        """What is different when something has happened: that rows are to be generated again is something."""
+        seen = self.seen
+        return seen.ends.total(), seen.tally["requeued"], seen.admitted, seen.learner, self.table.next_lease
 
 
 def terms_of(

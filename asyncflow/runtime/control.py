@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from asyncflow.errors import AsyncFlowError, ControlError
 from asyncflow.rundir import SOCKET
+from asyncflow.store.near import reachable
 
 MAX_LINE = 1 << 20
 """Bytes of a request …"""
@@ -119,7 +119,7 @@ class ControlServer:
 
         self._path = run_dir / SOCKET
         self._path.unlink(missing_ok=True)
-        with _reachable(run_dir) as address:
+        with reachable(run_dir, SOCKET) as address:
             self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
         self._path.chmod(0o600)
         self._server.daemon_threads = True
@@ -202,7 +202,7 @@ class ControlClient:
         if not self._run_dir.is_dir():
             raise ControlError(f"there is no directory {self._run_dir}: name a run directory")
         try:
-            with socket.socket(socket.AF_UNIX) as connection, _reachable(self._run_dir) as address:
+            with socket.socket(socket.AF_UNIX) as connection, reachable(self._run_dir, SOCKET) as address:
                 connection.settimeout(DEADLINE + wait)
                 connection.connect(address)
                 connection.sendall(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
@@ -231,13 +231,3 @@ def _answer(calls: Mapping[str, Callable[..., Any]], line: bytes) -> dict[str, A
         return {"result": call(**arguments)}
     except (AsyncFlowError, TypeError) as error:
         return {"error": str(error)}
-
-
-@contextlib.contextmanager
-def _reachable(run_dir: Path) -> Iterator[str]:
-    """The socket's address in a short form: the kernel takes at most 107 bytes, and run directories are deep."""
-    folder = os.open(run_dir, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{SOCKET}"
-    finally:
-        os.close(folder)

@@ -1,4 +1,5 @@
-"""A store that others reach over Arrow Flight (https://arrow.apache.org/docs/format/Flight.html).
+"""A store that others reach over Arrow Flight (https://arrow.apache.org/docs/format/Flight.html); clients on its own
+host make their calls over a Unix socket (`near`).
 
     DoAction <call>          every call of `Control` (`wire`), in msgpack or JSON; one that waits costs nobody else
     DoGet <ticket>           rows of frames, for a host that does not see the segments; samples by id, for people
@@ -14,28 +15,23 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.flight as fl
 
 from asyncflow.errors import AsyncFlowError, Closed, LeaseLost, StoreError, UserError
 from asyncflow.store import wire
+from asyncflow.store.calls import Calls, Places, TooMany, check_size, decoded, is_json
 from asyncflow.store.columns import one_of_each
 from asyncflow.store.frames import check_schema
-from asyncflow.store.rows import NONE
+from asyncflow.store.near import NearServer
 from asyncflow.store.schema import Schema
 from asyncflow.store.store import EmbeddedStore
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUEST = 64 << 20
-"""Bytes of one request or ticket."""
 MAX_PLACES = 1 << 20
 """Rows that one DoGet asks for."""
 MAX_PUT = 256 << 20
@@ -46,14 +42,8 @@ MAX_PUTS = 64
 """Puts under way at the same time; each has a thread."""
 MAX_PUT_TOGETHER = 1 << 30
 """Bytes of all puts under way."""
-MAX_WAITING = 1024
-"""Calls that may wait at the same time; each has a thread."""
 SHUTDOWN = 5.0
 """Seconds that calls have to end when the server stops."""
-UNNAMED_FOR = 600.0
-"""Seconds after which a frame that nobody has named is given up."""
-
-Call = Callable[[Any, fl.ServerCallContext], Any]
 
 
 class _Door(fl.ServerMiddlewareFactory):  # type: ignore[misc]
@@ -88,24 +78,26 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
     ) -> None:
         """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. `most_puts` may be under way at the
         same time, and have `most_together` bytes. Raises OSError for an address that cannot be had."""
+        calls = Calls(store)
         scheme = "grpc" if tls is None else "grpc+tls"
         super().__init__(
             f"{scheme}://{host}:{port}",
             tls_certificates=None if tls is None else [tls],
-            middleware={"door": _Door(token, _welcome(store).identity)},
+            middleware={"door": _Door(token, calls.welcome.identity)},
         )
         self.location = f"{scheme}://{host}:{self.port}"
         self._store = store
-        self._unnamed = _Unnamed(store)
-        self._calls = _calls(store, self._unnamed)
-        self._waiting = _Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
-        self._puts = _Places(most_puts, "too many puts are under way", "end one first")
+        self._calls = calls
+        self._puts = Places(most_puts, "too many puts are under way", "end one first")
         self._received = _Received(most_together)
+        self._near = None if store.folder is None else NearServer(calls, store.folder, token=token)
         self._ending = threading.Thread(target=self.shutdown, name="store-shutdown", daemon=True)
 
     def close(self) -> None:
         """Close the store, which ends the calls that wait, and stop. Who sends something for ever is not waited for."""
         self._store.close()
+        if self._near is not None:
+            self._near.close(SHUTDOWN)
         # Flight has no deadline for this. The thread keeps the server, whose end would wait as well.
         if self._ending.ident is None:
             self._ending.start()
@@ -119,33 +111,26 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         return [(name, f"{request.__name__}: msgpack or JSON") for name, (request, _) in wire.CALLS.items()]
 
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> list[bytes]:
-        name, body = action.type, memoryview(action.body)
+        body = memoryview(action.body)
         with _refusals(context):
-            if name not in self._calls:
-                raise StoreError(f"there is no call {name!r}; the calls are {', '.join(self._calls)}")
-            _check_size(body)
-            as_json = bytes(body[:1]) == b"{"
-            request = _decoded(wire.JSON_REQUESTS[name] if as_json else wire.REQUESTS[name], body, name)
             try:
-                with self._waiting.one() if getattr(request, "timeout", 0.0) > 0 else nullcontext():
-                    answer = self._calls[name](request, context)
+                return [self._calls.answer(action.type, body, lambda: not context.is_cancelled())]
             except LeaseLost as error:
-                if as_json or len(error.rows) <= wire.MOST_ROWS:
+                if is_json(body) or len(error.rows) <= wire.MOST_ROWS:
                     raise
                 return [b"", wire.encode_json(wire.Refusal.of(error))]
-            return [wire.encode_json(answer) if as_json else wire.encode(answer)]
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.RecordBatchStream:
         with _refusals(context):
-            _check_size(ticket.ticket)
+            check_size(ticket.ticket)
             if ticket.ticket[:1] == b"{":
-                about = _decoded(wire.SAMPLES_TICKET, ticket.ticket, "samples")
+                about = decoded(wire.SAMPLES_TICKET, ticket.ticket, "samples")
                 _check_places(len(about.samples))
                 batch = self._store.read(about.samples, about.columns)
             else:
-                rows = _decoded(wire.TICKET, ticket.ticket, "rows of frames")
+                rows = decoded(wire.TICKET, ticket.ticket, "rows of frames")
                 _check_places(len(rows.frames))
                 batch = self._store.read_frames(rows.columns, rows.frames, rows.offsets)
             return fl.RecordBatchStream(pa.Table.from_batches([batch]))
@@ -162,14 +147,14 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
                 batch = received.batch(reader, self._store.schema)
             if descriptor.path == [b"frame"]:
                 frame = self._store.append(batch)
-                self._unnamed.add(frame)
+                self._calls.unnamed.add(frame)
                 writer.write(wire.encode(frame))
                 return
             if descriptor.path not in (None, [], [b"put"]):
                 raise StoreError('data are put with the path "put", or with a command in JSON')
-            _check_size(descriptor.command or b"")
-            put = _decoded(wire.PUT, descriptor.command, "put") if descriptor.command else wire.Put()
-            with self._waiting.one() if put.timeout > 0 else nullcontext():
+            check_size(descriptor.command or b"")
+            put = decoded(wire.PUT, descriptor.command, "put") if descriptor.command else wire.Put()
+            with self._calls.waiting.one() if put.timeout > 0 else nullcontext():
                 groups = self._put(batch, put)
             writer.write(wire.encode_json(groups))
 
@@ -215,121 +200,9 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         return fl.FlightInfo(pa.schema(fields), fl.FlightDescriptor.for_path(stage), [], rows, -1)
 
 
-class _Unnamed:
-    """Frames that remote hosts have put and not named yet: their segment stays."""
-
-    def __init__(self, store: EmbeddedStore) -> None:
-        self._store = store
-        self._frames: deque[tuple[float, int]] = deque()
-        self._lock = threading.Lock()
-
-    def add(self, frame: int) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self._frames.append((now, frame))
-            while self._frames[0][0] < now - UNNAMED_FOR:
-                self._store.settle(self._frames.popleft()[1])
-
-    def named(self, *frames: int) -> None:
-        with self._lock:
-            for place in [place for place in self._frames if place[1] in frames]:
-                self._frames.remove(place)
-        for frame in frames:
-            if frame != NONE:
-                self._store.settle(frame)
-
-
-def _welcome(store: EmbeddedStore) -> wire.Welcome:
-    return wire.Welcome(
-        protocol=wire.PROTOCOL,
-        schema=store.schema.to_json(),
-        group_size=store.group_size,
-        folder=None if store.folder is None else str(store.folder.resolve()),
-        host=store.host,
-        durability=store.durability,
-    )
-
-
-def _calls(store: EmbeddedStore, unnamed: _Unnamed) -> dict[str, Call]:
-    """Name of each call → what it does."""
-    broker = store.broker
-
-    def hello(request: wire.Hello, _: fl.ServerCallContext) -> wire.Welcome:
-        if request.protocol != wire.PROTOCOL:
-            raise StoreError(
-                f"a client speaks protocol {request.protocol}, this store {wire.PROTOCOL}: use the matching release"
-            )
-        return _welcome(store)
-
-    def admit(request: wire.Admit, context: fl.ServerCallContext) -> int | None:
-        values = _values(request)
-        frames = (request.frame, *(() if request.samples is None else (request.samples.frame,)))
-        settled = True
-        try:
-            first = broker.admit(**values, alive=lambda: not context.is_cancelled())
-            settled = first is not None  # or it is asked for again, with the same frames
-        finally:
-            if settled:
-                unnamed.named(*frames)
-        return first
-
-    def lease(request: wire.LeaseRows, context: fl.ServerCallContext) -> Any:
-        return broker.lease(**_values(request), alive=lambda: not context.is_cancelled())
-
-    def ack(request: wire.Ack, _: fl.ServerCallContext) -> None:
-        try:
-            broker.ack(**_values(request))
-        finally:
-            unnamed.named(request.frame)
-
-    def other(name: str) -> Call:
-        method = getattr(broker, name)
-        return lambda request, _: method(**_values(request))
-
-    special: dict[str, Call] = {"hello": hello, "admit": admit, "lease": lease, "ack": ack}
-    return {name: special.get(name) or other(name) for name in wire.CALLS}
-
-
-def _values(request: wire.Message) -> dict[str, Any]:
-    values = {name: getattr(request, name) for name in request.__struct_fields__}
-    if "timeout" in values:
-        values["timeout"] = min(values["timeout"], wire.MAX_TIMEOUT)
-    return values
-
-
-def _decoded(decoder: Any, data: bytes | memoryview, what: str) -> Any:
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise StoreError(f"the request for {what} cannot be read: {error}") from None
-
-
-def _check_size(body: bytes | memoryview) -> None:
-    if len(body) > MAX_REQUEST:
-        raise StoreError(f"a request of {len(body)} bytes is too large: {MAX_REQUEST} are allowed")
-
-
 def _check_places(rows: int) -> None:
     if rows > MAX_PLACES:
         raise StoreError(f"{rows} rows at once are too many: ask for at most {MAX_PLACES} at a time")
-
-
-class _Places:
-    """Calls of one kind, of which there may be so many at the same time: each has a thread."""
-
-    def __init__(self, most: int, what: str, do: str) -> None:
-        self._places = threading.Semaphore(most)
-        self._refusal = f"{what}: {most} are allowed at the same time; {do}"
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Raises FlightUnavailableError when there is no place: later there may be."""
-        if not self._places.acquire(blocking=False):
-            raise fl.FlightUnavailableError(self._refusal)
-        try:
-            yield
-        finally:
-            self._places.release()
 
 
 class _Received:
@@ -422,6 +295,8 @@ def _refusals(context: fl.ServerCallContext) -> Iterator[None]:
     """Errors of the store as Flight errors from which a client makes the same again."""
     try:
         yield
+    except TooMany as error:
+        raise fl.FlightUnavailableError(str(error)) from None
     except (StoreError, UserError) as error:
         raise _refused(error) from None
     except fl.FlightError:

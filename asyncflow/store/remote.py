@@ -2,11 +2,12 @@
 
     store = connect("grpc://127.0.0.1:7654", token=…)        # then as any other store
 
-A client that sees the store's segments (it is on the same host) writes and reads them itself, and only says so over the
-wire; another one sends and fetches columns. A store that cannot be reached is waited for, up to `patience` seconds a
-call; a call whose answer was lost is made again. What is named happens once then: puts, leases, commits, acks with
-columns. What sets something to a value (`serve`, `amend`, `prioritise`, `gone`, `drop`) is the same the second time. A
-nack, a restore, or an ack without columns that has happened is refused the second time, and has happened all the same.
+A client that sees the store's segments (it is on the same host) writes and reads them itself, and only says so, over a
+Unix socket beside them (`near`); another one sends and fetches columns. A store that cannot be reached is waited for,
+up to `patience` seconds a call; a call whose answer was lost is made again. What is named happens once then: puts,
+leases, commits, acks with columns. What sets something to a value (`serve`, `amend`, `prioritise`, `gone`, `drop`) is
+the same the second time. A nack, a restore, or an ack without columns that has happened is refused the second time, and
+has happened all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ from asyncflow.store import wire
 from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import PutId, Samples
+from asyncflow.store.near import NearClient, Unanswered
 from asyncflow.store.schema import Schema
 from asyncflow.store.store import HOST_FILE, Store
 from asyncflow.types import PolicyVersion
@@ -69,7 +71,10 @@ def connect(
     if local is None:
         folder = welcome.folder
         local = folder is not None and _sees(Path(folder), welcome.host) and os.access(folder, os.W_OK | os.X_OK)
-    data: Data = _frames_in(welcome, control) if local else RemoteFrames(control)
+    data: Data = RemoteFrames(control)
+    if local:
+        data = _frames_in(welcome, control)
+        control.come_near(Path(str(welcome.folder)))
     return Store(schema, welcome.group_size, control, data)
 
 
@@ -119,11 +124,13 @@ class RemoteControl:
         self.location = location
         self._clock = clock or SystemClock()
         self._sleep = sleep
-        self._tls_root = tls_root
+        self._token, self._tls_root = token, tls_root
         self._patience, self._grace, self._transfer = patience, grace, transfer
         self._headers = [(b"authorization", f"Bearer {token}".encode())]
         self._lock = threading.Lock()
         self._client = self._connect()
+        self._near: NearClient | None = None
+        self._identity = ""
         self._name = uuid.uuid4().hex
         self._leases = 0
         """That this client has named."""
@@ -138,8 +145,14 @@ class RemoteControl:
     def hello(self) -> wire.Welcome:
         """What is there. Every later call is for this store, and is refused when another one has taken its place."""
         welcome: wire.Welcome = self._call("hello", wire.Hello())
+        self._identity = welcome.identity
         self._headers.append((wire.STORE_HEADER.encode(), welcome.identity.encode()))
         return welcome
+
+    def come_near(self, folder: Path) -> None:
+        """Make calls over the socket in the folder of the store's segments, if it answers there."""
+        with suppress(OSError, Unanswered):
+            self._near = NearClient(folder, token=self._token, store=self._identity)
 
     def allocate(self) -> int:
         return int(self._call("allocate", wire.Allocate()))
@@ -345,6 +358,8 @@ class RemoteControl:
         with self._lock:
             self._closed = True
             self._client.close()
+        if self._near is not None:
+            self._near.close()
 
     # -- frames --------------------------------------------------------------------------------------------------------
 
@@ -371,10 +386,12 @@ class RemoteControl:
     # -- the wire ------------------------------------------------------------------------------------------------------
 
     def _call(self, name: str, request: wire.Message, *, wait: float = 0.0) -> Any:
-        action = fl.Action(name, wire.encode(request))
+        body, within = wire.encode(request), wait + self._grace
 
         def call(client: fl.FlightClient) -> Any:
-            answer, *refusal = client.do_action(action, self._options(wait + self._grace))
+            if self._near is not None:
+                return wire.ANSWERS[name].decode(self._near.call(name, body, within))
+            answer, *refusal = client.do_action(fl.Action(name, body), self._options(within))
             if refusal:
                 raise REFUSAL.decode(memoryview(refusal[0].body)).as_error()
             return wire.ANSWERS[name].decode(memoryview(answer.body))
@@ -395,7 +412,7 @@ class RemoteControl:
                 raise _refusal(error) from None
             except fl.FlightUnauthenticatedError:
                 raise StoreError(f"{self.location} refuses the token: use that of its server") from None
-            except (fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
+            except (Unanswered, fl.FlightUnavailableError, fl.FlightTimedOutError, fl.FlightCancelledError) as error:
                 now = self._clock.monotonic()
                 deadline = now + self._patience if deadline is None else deadline
                 if now >= deadline:

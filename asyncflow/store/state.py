@@ -222,6 +222,8 @@ class TableState:
         if event.put is not None:
             self._remember_put(event.put, event.first_group, many)
         topics = self._may_wait()
+        if brought is not None and brought.oldest:
+            topics |= self._not_waited_for(ids)
         if state == REWARDED:
             topics.add(self.schema.train.name)
         for stage, marks in self._ready.items():
@@ -358,7 +360,14 @@ class TableState:
         if stage.role == "generate":
             self._move(ids, Move.GENERATE)
         self._append(ids, event.columns, event.tokens, event.oldest, event.newest)
-        return self._complete(ids) | self._enqueue(ids)
+        topics = self._complete(ids) | self._enqueue(ids)
+        return topics | self._not_waited_for(ids) if event.oldest else topics
+
+    def _not_waited_for(self, ids: Ids) -> set[str]:
+        """The training stage, where tokens have come that are too old: the place of their group is another one's."""
+        oldest = self.rows.oldest[ids - self.rows.base]
+        late = (oldest != NONE) & (self.learner.n - (oldest & NUMBER) > self.terms.max_staleness)
+        return {self.schema.train.name} if late.any() else set()
 
     def _complete(self, ids: Ids) -> set[str]:
         """Rows that have all that training needs can be trained."""
