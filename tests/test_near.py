@@ -13,10 +13,13 @@ import pytest
 from asyncflow.errors import Closed, StoreError
 from asyncflow.store import wire
 from asyncflow.store.calls import Alive, Calls, TooMany
+from asyncflow.store.flight import StoreServer
 from asyncflow.store.near import MOST_MESSAGE, SOCKET, Messages, NearClient, NearServer, Opening, Unanswered, reachable
-from asyncflow.store.remote import RemoteControl
-from asyncflow.store.store import Store
-from tests.test_flight import TOKEN, Served, prompts, take
+from asyncflow.store.remote import RemoteControl, connect
+from asyncflow.store.store import EmbeddedStore, Store
+from asyncflow.types import PolicyVersion
+from tests.test_flight import TOKEN, Served, take
+from tests.test_store import SCHEMA, prompts, terms
 
 SOON = 10.0
 
@@ -54,6 +57,18 @@ def test_who_sees_the_segments_calls_over_the_socket_and_nobody_else_does(served
     assert near_of(served.connect()) is not None
     assert near_of(served.connect(local=True)) is not None
     assert near_of(served.connect(local=False)) is None
+
+
+def test_a_store_in_memory_is_called_over_a_socket_and_sends_its_data_over_flight(tmp_path: Path) -> None:
+    store = EmbeddedStore.create(SCHEMA, terms(), ledger=tmp_path / "ledger.sqlite", durability="memory")
+    server = StoreServer(store, token=TOKEN, near=tmp_path)
+    client = connect(server.location, token=TOKEN)
+    assert near_of(client) is not None
+    store.serve("engine", PolicyVersion(n=0))
+    client.admit(prompts(1), timeout=0.0)
+    assert take(client, "rollout").data.column("prompt_ids").to_pylist() == [list(range(10))] * 2
+    client.close()
+    server.close()
 
 
 def test_the_socket_is_for_its_owner_and_goes_with_the_server(served: Served) -> None:

@@ -27,7 +27,7 @@ class ServedStore:
         self._folder = ServedFolder(run_dir)
         try:
             self.token = self._folder.token()
-            self._server = StoreServer(store, token=self.token)
+            self._server = StoreServer(store, token=self.token, near=store.folder or run_dir)
         except (OSError, pa.ArrowException) as error:
             self._folder.retire()
             raise HomeError(

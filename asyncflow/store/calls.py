@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,8 +39,9 @@ class TooMany(StoreError):
 class Calls:
     """What a store answers to its clients. Thread-safe."""
 
-    def __init__(self, store: EmbeddedStore) -> None:
-        self.welcome = _welcome(store)
+    def __init__(self, store: EmbeddedStore, *, near: Path | None = None) -> None:
+        """`near`: folder of the socket for clients on the same host."""
+        self.welcome = _welcome(store, near)
         self.unnamed = Unnamed(store)
         self.waiting = Places(MAX_WAITING, "too many calls wait", "wait in fewer threads, or ask with timeout 0")
         self._calls = _calls(store, self.welcome, self.unnamed)
@@ -117,12 +119,13 @@ def check_size(body: bytes | memoryview) -> None:
         raise StoreError(f"a request of {len(body)} bytes is too large: {MAX_REQUEST} are allowed")
 
 
-def _welcome(store: EmbeddedStore) -> wire.Welcome:
+def _welcome(store: EmbeddedStore, near: Path | None) -> wire.Welcome:
     return wire.Welcome(
         protocol=wire.PROTOCOL,
         schema=store.schema.to_json(),
         group_size=store.group_size,
         folder=None if store.folder is None else str(store.folder.resolve()),
+        near=None if near is None else str(near.resolve()),
         host=store.host,
         durability=store.durability,
     )

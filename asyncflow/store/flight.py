@@ -17,6 +17,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -73,12 +74,15 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         host: str = "127.0.0.1",
         port: int = 0,
         tls: tuple[bytes, bytes] | None = None,
+        near: Path | None = None,
         most_puts: int = MAX_PUTS,
         most_together: int = MAX_PUT_TOGETHER,
     ) -> None:
-        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. `most_puts` may be under way at the
-        same time, and have `most_together` bytes. Raises OSError for an address that cannot be had."""
-        calls = Calls(store)
+        """`port` 0 takes a free one. `tls`: certificate chain and private key, PEM. `near`: folder for the Unix socket;
+        that of the segments, if there is one, when it is not given. `most_puts` may be under way at the same time, and
+        have `most_together` bytes. Raises OSError for an address that cannot be had."""
+        near = near or store.folder
+        calls = Calls(store, near=near)
         scheme = "grpc" if tls is None else "grpc+tls"
         super().__init__(
             f"{scheme}://{host}:{port}",
@@ -90,7 +94,7 @@ class StoreServer(fl.FlightServerBase):  # type: ignore[misc]
         self._calls = calls
         self._puts = Places(most_puts, "too many puts are under way", "end one first")
         self._received = _Received(most_together)
-        self._near = None if store.folder is None else NearServer(calls, store.folder, token=token)
+        self._near = None if near is None else NearServer(calls, near, token=token)
         self._ending = threading.Thread(target=self.shutdown, name="store-shutdown", daemon=True)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Control calls over a Unix socket, for clients on the store's own host: a tenth of what a Flight action costs.
 
-    <folder of the segments>/socket     for the owner of the store (mode 0600); it goes with its server
+    <folder of the segments>/store.sock     for the owner of the store (mode 0600); it goes with its server
 
 Both sides send messages: a length (4 bytes, little-endian), and so many bytes. The first one of a client is an
 `Opening`, in msgpack; the answer to it, and to every later one, begins with a byte that says what it is:
@@ -10,7 +10,8 @@ Both sides send messages: a length (4 bytes, little-endian), and so many bytes. 
     !         a refusal (`wire.Refusal`, JSON)
     ?         there is no place now, in words: ask again later
 
-One call at a time goes through a connection, so who waits in several threads has several. Data go through the segments.
+One call at a time goes through a connection, so who waits in several threads has several. Data go through the segments,
+or over Flight where a store has none: a run without checkpoints has its samples in memory, the socket in its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from asyncflow.store.calls import MAX_REQUEST, Calls, TooMany, decoded
 
 logger = logging.getLogger(__name__)
 
-SOCKET: Final = "socket"
+SOCKET: Final = "store.sock"
 MOST_CONNECTIONS: Final = 2048
 """At the same time; each has a thread."""
 MOST_OPENING: Final = 1 << 16

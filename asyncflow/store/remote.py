@@ -62,19 +62,18 @@ def connect(
 ) -> Store:
     """The store at a Flight location. `tls_root`: PEM of the authority that has signed its certificate.
 
-    `local` says whether its segments are read and written directly; None finds out. Raises Unreachable, and StoreError
-    for a wrong token or another protocol.
+    `local` says whether its segments are read and written directly; None finds out; a client for which it is False uses
+    nothing but Flight. Raises Unreachable, and StoreError for a wrong token or another protocol.
     """
     control = RemoteControl(location, token=token, tls_root=tls_root, patience=patience)
     welcome = control.hello()
     schema = Schema.from_json(welcome.schema)
+    if welcome.near is not None and local is not False:
+        control.come_near(Path(welcome.near))
     if local is None:
         folder = welcome.folder
         local = folder is not None and _sees(Path(folder), welcome.host) and os.access(folder, os.W_OK | os.X_OK)
-    data: Data = RemoteFrames(control)
-    if local:
-        data = _frames_in(welcome, control)
-        control.come_near(Path(str(welcome.folder)))
+    data: Data = _frames_in(welcome, control) if local else RemoteFrames(control)
     return Store(schema, welcome.group_size, control, data)
 
 
@@ -150,7 +149,7 @@ class RemoteControl:
         return welcome
 
     def come_near(self, folder: Path) -> None:
-        """Make calls over the socket in the folder of the store's segments, if it answers there."""
+        """Make calls over the socket in this folder, if the store answers there."""
         with suppress(OSError, Unanswered):
             self._near = NearClient(folder, token=self._token, store=self._identity)
 

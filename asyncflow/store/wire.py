@@ -71,8 +71,10 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int
     folder: str | None
     """Of the segments; None: they are in the server's memory."""
+    near: str | None
+    """Folder of the socket for clients on the same host."""
     host: str
-    """What the file `host` in this folder holds, for who sees the same one."""
+    """What the file `host` in the folder of the segments holds, for who sees the same one."""
     durability: str
 
     @property
