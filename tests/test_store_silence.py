@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.flight as fl
 import pytest
 
 from asyncflow.clock import ManualClock
 from asyncflow.errors import Unreachable
 from asyncflow.store import wire
+from asyncflow.store.calls import Alive
 from asyncflow.store.events import PutId
 from asyncflow.store.flight import StoreServer
 from asyncflow.store.remote import RemoteControl, RemoteFrames, connect
@@ -111,10 +111,13 @@ class CountedServer(StoreServer):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.asked: list[str] = []
+        answer = self._calls.answer
 
-    def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> list[bytes]:
-        self.asked.append(action.type)
-        return super().do_action(context, action)
+        def counted(name: str, body: bytes | memoryview, alive: Alive) -> bytes:
+            self.asked.append(name)
+            return answer(name, body, alive)
+
+        self._calls.answer = counted  # type: ignore[method-assign]
 
 
 class CountedClock(ManualClock):

@@ -71,6 +71,10 @@ class Unanswered(Exception):
     """A call that has got no answer: it may have happened."""
 
 
+class NotThere(Unanswered):
+    """Nobody answers at the socket: the call has not happened."""
+
+
 class Messages:
     """One end of a connection. For one thread at a time, but for `close`."""
 
@@ -113,6 +117,9 @@ class Messages:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+
+    def __del__(self) -> None:
+        self._connection.close()  # of a client that nobody has closed
 
 
 def _length(data: bytearray, most: int) -> int:
@@ -263,13 +270,13 @@ class NearClient:
         self._idle.append(self._open())
 
     def call(self, name: str, body: bytes, within: float) -> memoryview:
-        """The answer. `within`: seconds. Raises Unanswered, and what the store refuses."""
+        """The answer. `within`: seconds. Raises NotThere, Unanswered, and what the store refuses."""
         try:
             with self._lock:
                 messages = self._idle.pop() if self._idle else None
             messages = messages or self._open()
         except OSError as error:
-            raise Unanswered(str(error)) from None
+            raise NotThere(str(error)) from None
         try:
             messages.send(name.encode(), b"\n", body)
             answer = messages.receive(MOST_ANSWER, within)

@@ -34,7 +34,7 @@ from asyncflow.store import wire
 from asyncflow.store.client import Counts, Grant, Place, Stat, Waited
 from asyncflow.store.data import Data, FileFrames
 from asyncflow.store.events import PutId, Samples
-from asyncflow.store.near import NearClient, Unanswered
+from asyncflow.store.near import NearClient, NotThere, Unanswered
 from asyncflow.store.schema import Schema
 from asyncflow.store.store import HOST_FILE, Store
 from asyncflow.types import PolicyVersion
@@ -66,6 +66,14 @@ def connect(
     nothing but Flight. Raises Unreachable, and StoreError for a wrong token or another protocol.
     """
     control = RemoteControl(location, token=token, tls_root=tls_root, patience=patience)
+    try:
+        return _store_behind(control, local)
+    except BaseException:
+        control.close()
+        raise
+
+
+def _store_behind(control: RemoteControl, local: bool | None) -> Store:
     welcome = control.hello()
     schema = Schema.from_json(welcome.schema)
     if welcome.near is not None and local is not False:
@@ -389,7 +397,9 @@ class RemoteControl:
 
         def call(client: fl.FlightClient) -> Any:
             if self._near is not None:
-                return wire.ANSWERS[name].decode(self._near.call(name, body, within))
+                # Who is not there any more may have gone for good: whoever is at the location now says so.
+                with suppress(NotThere):
+                    return wire.ANSWERS[name].decode(self._near.call(name, body, within))
             answer, *refusal = client.do_action(fl.Action(name, body), self._options(within))
             if refusal:
                 raise REFUSAL.decode(memoryview(refusal[0].body)).as_error()
