@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from asyncflow_api.auth import Identity, Tokens, need
+from asyncflow_api.auth import Identity, Need, Tokens
 from asyncflow_api.jobs.folder import summary_of
 from asyncflow_api.jobs.rows import JobRow
 from asyncflow_api.jobs.service import Jobs
@@ -25,9 +25,9 @@ def the_tokens(request: Request) -> Tokens:
 TheJobs = Annotated[Jobs, Depends(the_jobs)]
 TheTokens = Annotated[Tokens, Depends(the_tokens)]
 
-Reads = Annotated[Identity, Depends(need("read"))]
-Submits = Annotated[Identity, Depends(need("submit"))]
-Administers = Annotated[Identity, Depends(need("admin"))]
+Reads = Annotated[Identity, Depends(Need("read"))]
+Submits = Annotated[Identity, Depends(Need("submit"))]
+Administers = Annotated[Identity, Depends(Need("admin"))]
 """As an argument of a route: who calls, at least of this scope."""
 
 

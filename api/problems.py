@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from asyncflow_api.jobs.database import Changed, KeyReused, NoSuchJob
 from asyncflow_api.jobs.lifecycle import IllegalMove
@@ -51,14 +51,6 @@ class ProblemBody(BaseModel):
     field: str | None = None
     errors: list[FieldProblem] = []
     request_id: str
-
-
-SCHEMA: Final = {"$ref": "#/components/schemas/ProblemBody"}
-RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    "4XX": {"description": "What is wrong, and what would be right", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
-    "5XX": {"description": "A fault of the service", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
-}
-"""For the specification: every route can answer these."""
 
 
 class Problem(AsyncFlowError):
@@ -154,16 +146,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(AsyncFlowError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, not_found)
-    specification = app.openapi
-
-    def with_problems() -> dict[str, Any]:
-        found = specification()
-        schema = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas = found.setdefault("components", {}).setdefault("schemas", {})
-        schemas |= schema.pop("$defs") | {"ProblemBody": schema}
-        return found
-
-    app.openapi = with_problems  # type: ignore[method-assign]
 
 
 def request_id(scope: Scope) -> str:

@@ -184,9 +184,3 @@ class ErrorDetail(BaseModel):
 
 class OpenAIError(BaseModel):
     error: ErrorDetail
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIError, "description": "What is wrong, and what would be right"} for status in ("4XX", "5XX")
-}
-"""For the specification: every route here can answer these."""

@@ -21,7 +21,6 @@ from asyncflow_api.routes.files import After, TheFiles
 from asyncflow_api.routes.history import complete_checkpoints
 from asyncflow_api.schemas import LabelName, LabelValue
 from asyncflow_api.schemas_openai import (
-    ERRORS,
     CheckpointMetrics,
     CreateFineTuningJob,
     FineTuningCheckpoint,
@@ -33,7 +32,7 @@ from asyncflow_api.schemas_openai import (
 from fastapi import APIRouter, Request
 from pydantic import TypeAdapter, ValidationError
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine_tuning"], responses=ERRORS)
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine_tuning"])
 
 STATUS: Final[Mapping[State, str]] = {
     State.validating: "validating_files",
