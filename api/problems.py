@@ -154,6 +154,10 @@ def request_id(scope: Scope) -> str:
     return found
 
 
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(8)}"
+
+
 class Outermost:
     """Gives every request an id, every answer the headers that keep browsers careful, and every fault an answer."""
 
@@ -165,7 +169,7 @@ class Outermost:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get("x-request-id", "")
-        own = asked if REQUEST_ID.fullmatch(asked) else f"req_{secrets.token_hex(8)}"
+        own = asked if REQUEST_ID.fullmatch(asked) else new_request_id()
         scope.setdefault("state", {})["request_id"] = own
         began = False
 
