@@ -37,7 +37,7 @@ class BoundedHead(H11Protocol):
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
         """What is no HTTP at all, in the shape of every other error."""
         self._refuse(Problem(400, "bad_request", "this is no request of HTTP/1.1: send one"))
 

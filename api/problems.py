@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncflow.errors import AsyncFlowError, ControlError, UserError
@@ -141,11 +142,20 @@ def install(app: FastAPI) -> None:
         code = phrase.lower().replace(" ", "_")
         text = {404: "there is nothing at this path: see /openapi.json", 405: "this path has other methods"}
         detail = text.get(error.status_code, error.detail)
-        return Problem(error.status_code, code, detail, headers=error.headers).response(request_id(request.scope))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(methods(request)))
+        return Problem(error.status_code, code, detail, headers=headers).response(request_id(request.scope))
 
     app.add_exception_handler(AsyncFlowError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, not_found)
+
+
+def methods(request: Request) -> set[str]:
+    """What may be done with the path of a request, whichever of its routes does it."""
+    found = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in found for method in getattr(route, "methods", None) or ()}
 
 
 def request_id(scope: Scope) -> str:

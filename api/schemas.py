@@ -16,15 +16,15 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,9
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=16)]
-Priority = Annotated[int, Field(ge=0, le=100, strict=True)]
+Priority = Annotated[int, Field(ge=0, le=100)]
 JobId = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{20}$")]
-Staleness = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
+Staleness = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Request(BaseModel):
     """Base of what clients send: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SubmitJob(Request):
@@ -198,7 +198,7 @@ class NewToken(Request):
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
     scope: Scope
-    expires_in: Annotated[int, Field(ge=1, le=10 * 365 * 86400, strict=True)] | None = None
+    expires_in: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] | None = None
     """Seconds; None never expires."""
 
 

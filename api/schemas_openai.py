@@ -17,7 +17,7 @@ FileId = Annotated[str, StringConstraints(max_length=64)]
 class Asked(BaseModel):
     """Base of what clients send: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class StringCheck(Asked):
@@ -44,13 +44,13 @@ Grader = Annotated[StringCheck | NamedReward, Field(discriminator="type")]
 class Hyperparameters(Asked):
     """`auto` and what is left out are chosen here, and told in the answer."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000, strict=True)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=4096, strict=True)] = "auto"
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
     """Problems of one step."""
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
     compute_multiplier: Auto | Annotated[float, Field(gt=0, le=64)] = "auto"
     """1 is 8 completions of each problem."""
-    eval_interval: Auto | Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = "auto"
+    eval_interval: Auto | Annotated[int, Field(ge=1, le=1_000_000)] = "auto"
     """Steps."""
     eval_samples: Auto | int = "auto"
     reasoning_effort: str = "default"
@@ -85,7 +85,7 @@ class CreateFineTuningJob(Asked):
     method: Method | None = None
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     """The job's name."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     metadata: Metadata | None = None
     integrations: list[dict[str, Any]] | None = None
     hyperparameters: dict[str, Any] | None = None

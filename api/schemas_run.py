@@ -21,7 +21,7 @@ def moment(at: float) -> str:
 class Request(BaseModel):
     """Base of what is asked."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

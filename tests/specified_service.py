@@ -38,6 +38,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from asyncflow.config import parse_config
 from asyncflow.errors import StoreError
 from asyncflow.runtime.control import ControlClient
+from asyncflow.store.client import Lease
 from asyncflow.store.ipc import MEDIA_TYPE as COLUMNS
 from tests.processes import wait_until
 from tests.running_service import tiny
@@ -141,6 +142,10 @@ class Fleet:
         return view
 
 
+def _positive(case: Case) -> bool:
+    return case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE
+
+
 class FirstPiece:
     """Ends an event stream after the first piece that it sends: many of them never end."""
 
@@ -175,6 +180,7 @@ class Finder:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._sent = Counter[str]()
+        self._held: Lease | None = None
 
     def change(self, case: Case) -> None:
         label = case.operation.label
@@ -190,9 +196,11 @@ class Finder:
         self._spare(case, label)
         if label.endswith("/events") or label.endswith("/logs"):
             case.headers["Accept"] = EVENTS if number % 3 else "*/*"
+            if number % 2:
+                case.headers.pop("last-event-id", None)
         if label.endswith("/leases"):
             case.headers["Accept"] = COLUMNS if number % 3 else "*/*"
-        if case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE:
+        if _positive(case):
             if known and (good := self._bodies().get(label)) is not None:
                 case.body = good(case)
             self._hurry(case)
@@ -230,18 +238,18 @@ class Finder:
             self._lease(case)
 
     def _lease(self, case: Case) -> None:
-        """One sample that waits for a reward, if there is one."""
+        """One sample that waits for a reward, if there is one; it is taken once for all requests, until one ends it."""
         with suppress(StoreError):
-            found = self._fleet.view.lease("reward", worker="judge", max_rows=1, min_rows=1, ttl=60.0, timeout=0.0)
-            if found is None:
-                return
-            case.path_parameters["lease_id"] = str(found.lease_id)
-            if isinstance(case.body, dict) and "sample_ids" in case.body:
-                case.body["sample_ids"] = found.sample_ids.tolist()
-            if isinstance(case.body, dict) and "samples" in case.body:
-                case.body["samples"] = [
-                    {"sample_id": one, "reward": 1.0, "reward_parts": {}} for one in found.sample_ids.tolist()
-                ]
+            self._held = self._held or self._fleet.view.lease(
+                "reward", worker="judge", max_rows=1, min_rows=1, ttl=3600.0, timeout=0.0
+            )
+        if self._held is None:
+            return
+        case.path_parameters["lease_id"] = str(self._held.lease_id)
+        if isinstance(case.body, dict) and _positive(case):
+            ids = self._held.sample_ids.tolist()
+            rows = [{"sample_id": one, "reward": 1.0, "reward_parts": {}} for one in ids]
+            case.body |= {name: value for name, value in (("sample_ids", ids), ("samples", rows)) if name in case.body}
 
     def _bodies(self) -> Mapping[str, Callable[[Case], Any]]:
         fleet = self._fleet
@@ -268,8 +276,10 @@ class Finder:
         if case.operation.label == "POST /v1/completions" and isinstance(case.body, dict):
             case.body |= {"max_tokens": 4, "timeout_seconds": 10.0}
 
-    def settle(self, case: Case) -> None:
+    def settle(self, case: Case, status: int) -> None:
         """After a request: the run goes on."""
+        if case.operation.label.endswith("ack") and status == 200:
+            self._held = None
         if case.operation.label.endswith("/pause"):
             with suppress(IllegalMove):
                 self._fleet.jobs.wish(f"job_{self._fleet.live}", "resume")
