@@ -12,10 +12,11 @@ from typing import Final
 from asyncflow_api.jobs.database import Changed, KeyReused, NoSuchJob
 from asyncflow_api.jobs.lifecycle import IllegalMove
 from asyncflow_api.jobs.service import Busy, Invalid
+from asyncflow_api.wire import Reply
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -31,7 +32,7 @@ MOST_ERRORS: Final = 50
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class FieldProblem(BaseModel):
+class FieldProblem(Reply):
     """One thing that is wrong in a request."""
 
     field: str
@@ -39,7 +40,7 @@ class FieldProblem(BaseModel):
     message: str
 
 
-class ProblemBody(BaseModel):
+class ProblemBody(Reply):
     """An error as it is answered."""
 
     type: str = "about:blank"
@@ -50,7 +51,7 @@ class ProblemBody(BaseModel):
     code: str
     """For programs."""
     field: str | None = None
-    errors: list[FieldProblem] = []
+    errors: list[FieldProblem] = Field(default_factory=list)
     request_id: str
 
 

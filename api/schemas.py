@@ -10,7 +10,8 @@ from asyncflow_api.jobs.events import Event
 from asyncflow_api.jobs.lifecycle import State
 from asyncflow_api.jobs.redaction import Redactor
 from asyncflow_api.jobs.rows import JobRow, Level, Scope, TokenRow
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from asyncflow_api.wire import Reply, Request
+from pydantic import Field, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
@@ -19,12 +20,6 @@ Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=16)]
 Priority = Annotated[int, Field(ge=0, le=100)]
 JobId = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{20}$")]
 Staleness = Annotated[int, Field(ge=0, le=1_000_000)]
-
-
-class Request(BaseModel):
-    """Base of what clients send: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SubmitJob(Request):
@@ -67,14 +62,14 @@ class ChangeJob(Request):
         return self.model_dump(exclude_none=True)
 
 
-class ReasonBody(BaseModel):
+class ReasonBody(Reply):
     """Why a job is where it is."""
 
     code: str
     message: str
 
 
-class Progress(BaseModel):
+class Progress(Reply):
     """How far a run is."""
 
     step: int
@@ -83,7 +78,7 @@ class Progress(BaseModel):
     eta_seconds: float | None
 
 
-class Job(BaseModel):
+class Job(Reply):
     """A job."""
 
     id: str
@@ -117,7 +112,7 @@ class ListedJob(Job):
     summary: dict[str, Any] | None = Field(exclude=True)
 
 
-class Deleted(BaseModel):
+class Deleted(Reply):
     """That a job is gone."""
 
     id: str
@@ -125,14 +120,14 @@ class Deleted(BaseModel):
     deleted: Literal[True] = True
 
 
-class FieldMessage(BaseModel):
+class FieldMessage(Reply):
     """One thing that is wrong in a configuration."""
 
     field: str
     message: str
 
 
-class ValidationBody(BaseModel):
+class ValidationBody(Reply):
     """What came of a configuration; nothing was started."""
 
     object: Literal["validation"] = "validation"
@@ -144,7 +139,7 @@ class ValidationBody(BaseModel):
     """For people: what runs where, how much memory, what a step is, what the bound means."""
 
 
-class EventBody(BaseModel):
+class EventBody(Reply):
     """Something that happened to a job."""
 
     id: str
@@ -158,7 +153,7 @@ class EventBody(BaseModel):
     data: dict[str, Any]
 
 
-class CheckpointBody(BaseModel):
+class CheckpointBody(Reply):
     """A complete checkpoint of a run."""
 
     id: str
@@ -170,7 +165,7 @@ class CheckpointBody(BaseModel):
     created_at: str
 
 
-class Health(BaseModel):
+class Health(Reply):
     """That the service answers, and what it is."""
 
     status: Literal["ok"] = "ok"
@@ -183,7 +178,7 @@ class Login(Request):
     token: Annotated[str, StringConstraints(max_length=512)]
 
 
-class Me(BaseModel):
+class Me(Reply):
     """Who calls."""
 
     object: Literal["identity"] = "identity"
@@ -202,7 +197,7 @@ class NewToken(Request):
     """Seconds; None never expires."""
 
 
-class Token(BaseModel):
+class Token(Reply):
     """A token, without the token."""
 
     id: str

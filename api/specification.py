@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from asyncflow_api.auth import COOKIE, PUBLIC, Need
+from asyncflow_api.meanings import MEANINGS, MOMENT, MOMENTS
 from asyncflow_api.openai_errors import ROUTES as OPENAI_ROUTES
 from asyncflow_api.problems import MEDIA_TYPE, ProblemBody
 from asyncflow_api.schemas_openai import OpenAIError
@@ -119,7 +120,18 @@ def _completed(found: dict[str, Any], app: FastAPI) -> dict[str, Any]:
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             _complete(operation, method, path, routes[method, path])
+    for name, schema in schemas.items():
+        _explain(schema, name)
     return found
+
+
+def _explain(schema: Mapping[str, Any], model: str) -> None:
+    """Let every field say what it means."""
+    for name, field in schema.get("properties", {}).items():
+        kinds = {one.get("type") for one in (field, *field.get("anyOf", ()))}
+        text = MOMENT if name in MOMENTS and "string" in kinds else MEANINGS.get(f"{model}.{name}", MEANINGS.get(name))
+        if text is not None:
+            field.setdefault("description", text)
 
 
 def _routes(app: FastAPI) -> Iterator[APIRoute]:
@@ -138,6 +150,11 @@ def _complete(operation: dict[str, Any], method: str, path: str, route: APIRoute
     shape = "OpenAI" if OPENAI_ROUTES.fullmatch(path) else "Problem"
     for status in sorted(statuses(method, path, operation)):
         answered[str(status)] = {"$ref": f"#/components/responses/{shape}{status}"}
+    for parameter in operation.get("parameters", ()):
+        if text := MEANINGS.get(parameter["name"].lower()):
+            parameter.setdefault("description", text)
+    for taken in operation.get("requestBody", {}).get("content", {}).values():
+        _explain(taken["schema"], "")
     for answer in answered.values():
         if answer.get("content", {}).get("application/json", {}).get("schema") == {"$ref": "#/components/schemas/Job"}:
             answer["headers"] = ETAG | answer.get("headers", {})
