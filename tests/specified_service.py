@@ -182,7 +182,8 @@ class Finder:
         self._sent = Counter[str]()
         self._held: Lease | None = None
 
-    def change(self, case: Case) -> None:
+    def change(self, case: Case, headers: dict[str, str]) -> None:
+        """`headers` come before those of the case."""
         label = case.operation.label
         number = self._sent[label]
         self._sent[label] += 1
@@ -195,11 +196,11 @@ class Finder:
                 parameters[name] = choose()
         self._spare(case, label)
         if label.endswith("/events") or label.endswith("/logs"):
-            case.headers["Accept"] = EVENTS if number % 3 else "*/*"
+            headers["Accept"] = EVENTS if number % 3 else "*/*"
             if number % 2:
                 case.headers.pop("last-event-id", None)
         if label.endswith("/leases"):
-            case.headers["Accept"] = COLUMNS if number % 3 else "*/*"
+            headers["Accept"] = COLUMNS if number % 3 else "*/*"
         if _positive(case):
             if known and (good := self._bodies().get(label)) is not None:
                 case.body = good(case)
