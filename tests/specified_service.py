@@ -57,6 +57,8 @@ GRADER: Final = {
     "reference": "{{item.answer}}",
     "operation": "ilike",
 }
+WANTS: Final = "x-wants"
+"""schemathesis sends an Accept of its own, whatever a request has."""
 PATIENCE: Final = 0.2
 """Seconds that a request may wait for a run: most of what they ask for never comes."""
 
@@ -147,7 +149,7 @@ def _positive(case: Case) -> bool:
 
 
 class FirstPiece:
-    """Ends an event stream after the first piece that it sends: many of them never end."""
+    """Ends an event stream after the first piece that it sends: many of them never end. `WANTS` is the header Accept."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -168,6 +170,10 @@ class FirstPiece:
         async def receive_end() -> Message:
             return {"type": "http.disconnect"} if cut else await receive()
 
+        wants = Headers(scope=scope).get(WANTS)
+        if wants is not None:
+            kept = [(name, value) for name, value in scope["headers"] if name != b"accept"]
+            scope = {**scope, "headers": [*kept, (b"accept", wants.encode())]}
         await self._app(scope, receive_end, send_first)
 
 
@@ -182,8 +188,7 @@ class Finder:
         self._sent = Counter[str]()
         self._held: Lease | None = None
 
-    def change(self, case: Case, headers: dict[str, str]) -> None:
-        """`headers` come before those of the case."""
+    def change(self, case: Case) -> None:
         label = case.operation.label
         number = self._sent[label]
         self._sent[label] += 1
@@ -196,11 +201,11 @@ class Finder:
                 parameters[name] = choose()
         self._spare(case, label)
         if label.endswith("/events") or label.endswith("/logs"):
-            headers["Accept"] = EVENTS if number % 3 else "*/*"
+            case.headers[WANTS] = EVENTS if number % 3 else "*/*"
             if number % 2:
                 case.headers.pop("last-event-id", None)
         if label.endswith("/leases"):
-            headers["Accept"] = COLUMNS if number % 3 else "*/*"
+            case.headers[WANTS] = COLUMNS if number % 3 else "*/*"
         if _positive(case):
             if known and (good := self._bodies().get(label)) is not None:
                 case.body = good(case)

@@ -82,7 +82,7 @@ def finder(fleet: Fleet) -> Iterator[Finder]:
 
     @schemathesis.hook
     def before_call(context: Any, case: schemathesis.Case, kwargs: Any) -> None:
-        finder.change(case, kwargs.setdefault("headers", {}))
+        finder.change(case)
 
     @schemathesis.hook
     def after_call(context: Any, case: schemathesis.Case, response: schemathesis.Response) -> None:
