@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Annotated, Generic, Literal, TypeVar
 
 from asyncflow_api.problems import Problem
-from asyncflow_api.wire import Reply
 from fastapi import Query
+from pydantic import BaseModel
 
 Item = TypeVar("Item")
 
@@ -19,7 +19,7 @@ CursorText = Annotated[
 ]
 
 
-class Page(Reply, Generic[Item]):
+class Page(BaseModel, Generic[Item]):
     """A piece of a list."""
 
     object: Literal["list"] = "list"

@@ -12,11 +12,10 @@ from typing import Final
 from asyncflow_api.jobs.database import Changed, KeyReused, NoSuchJob
 from asyncflow_api.jobs.lifecycle import IllegalMove
 from asyncflow_api.jobs.service import Busy, Invalid
-from asyncflow_api.wire import Reply
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -32,16 +31,20 @@ MOST_ERRORS: Final = 50
 REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class FieldProblem(Reply):
+class FieldProblem(BaseModel):
     """One thing that is wrong in a request."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     field: str
     """Dotted path: `body.priority`, `query.limit`, `body.config.steps`, `header.if-match`."""
     message: str
 
 
-class ProblemBody(Reply):
+class ProblemBody(BaseModel):
     """An error as it is answered."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str = "about:blank"
     title: str

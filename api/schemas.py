@@ -10,8 +10,7 @@ from asyncflow_api.jobs.events import Event
 from asyncflow_api.jobs.lifecycle import State
 from asyncflow_api.jobs.redaction import Redactor
 from asyncflow_api.jobs.rows import JobRow, Level, Scope, TokenRow
-from asyncflow_api.wire import Reply, Request
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
@@ -20,6 +19,18 @@ Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=16)]
 Priority = Annotated[int, Field(ge=0, le=100)]
 JobId = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{20}$")]
 Staleness = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class Request(BaseModel):
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
+
+
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class SubmitJob(Request):

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from asyncflow_api.wire import Reply, Request
-from pydantic import Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Item = TypeVar("Item")
 Auto = Literal["auto"]
 FileId = Annotated[str, StringConstraints(max_length=64)]
+
+
+class Request(BaseModel):
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
+
+
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class StringCheck(Request):

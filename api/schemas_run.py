@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from asyncflow_api.wire import Reply, Request
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from asyncflow.report.bottleneck import Bottleneck
 from asyncflow.report.queue import Queue
@@ -17,6 +16,18 @@ from asyncflow.report.samples import Brief, Whole
 def moment(at: float) -> str:
     """A Unix time as RFC 3339, UTC, with milliseconds."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Request(BaseModel):
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
+
+
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from asyncflow_api.schemas_openai import OpenAIError
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
-from pydantic.json_schema import models_json_schema
 
 ERRORS: Final[Mapping[int, str]] = {
     400: "The request is malformed, or says what this service cannot do",
@@ -108,8 +107,9 @@ def _completed(found: dict[str, Any], app: FastAPI) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)  # FastAPI's own, which nobody is answered with
-    models = [(ProblemBody, "serialization"), (OpenAIError, "serialization")]
-    schemas |= models_json_schema(models, ref_template="#/components/schemas/{model}")[1]["$defs"]
+    for model in (ProblemBody, OpenAIError):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+        schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
     components["responses"] = {
         f"{shape}{status}": _error(status, shape, media_type)
         for status in ERRORS

@@ -149,7 +149,7 @@ def _positive(case: Case) -> bool:
 
 
 class FirstPiece:
-    """Ends an event stream after the first piece that it sends: many of them never end. `WANTS` is the header Accept."""
+    """Ends an event stream after the first piece that it sends: many never end. `WANTS` is the header Accept."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
