@@ -16,12 +16,13 @@ import schemathesis
 from asyncflow_api.auth import PUBLIC
 from asyncflow_api.openai_errors import ROUTES
 from asyncflow_api.problems import MEDIA_TYPE
+from fastapi.testclient import TestClient
 from schemathesis.engine import events, from_schema
 from schemathesis.hooks import unregister
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.processes import DEADLINE
-from tests.specified_service import Finder, FirstPiece, Fleet
+from tests.specified_service import HOST, Finder, FirstPiece, Fleet
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -193,3 +194,39 @@ def test_every_route_says_what_it_is(fleet: Fleet) -> None:
         assert ("404" in one["responses"]) is ("{" in path or path == "/v1/completions"), path
         answers = [status for status in one["responses"] if status.startswith("2")]
         assert answers, (method, path)
+
+
+def test_every_number_and_every_parameter_says_what_it_is(fleet: Fleet) -> None:
+    whole = fleet.app.openapi()
+    operations = [one for found in whole["paths"].values() for one in found.values()]
+    bodies = [taken["schema"] for one in operations for taken in one.get("requestBody", {}).get("content", {}).values()]
+
+    for name, schema in [*whole["components"]["schemas"].items(), *(("body", body) for body in bodies)]:
+        for field, value in schema.get("properties", {}).items():
+            assert value.get("description") or not _is_number(value), f"{name}.{field}"
+    for one in operations:
+        for parameter in one.get("parameters", ()):
+            assert parameter.get("description"), (one["operationId"], parameter["name"])
+
+
+def _is_number(schema: Mapping[str, Any]) -> bool:
+    """Or several, or one of some things."""
+    inner = [*schema.get("anyOf", ()), schema.get("items"), schema.get("additionalProperties")]
+    return schema.get("type") in ("integer", "number") or any(_is_number(one) for one in inner if isinstance(one, dict))
+
+
+def test_a_path_says_which_methods_it_has(fleet: Fleet) -> None:
+    http = TestClient(fleet.app, base_url=f"http://{HOST}", headers={"Authorization": f"Bearer {fleet.token}"})
+
+    assert http.put("/v1/jobs/any").headers["allow"] == "DELETE, GET, PATCH"
+    assert http.put("/v1/files").headers["allow"] == "GET, POST"
+    assert http.put("/v1/jobs/any").json()["code"] == "method_not_allowed"
+
+
+def test_what_is_no_number_is_not_taken_for_one(fleet: Fleet) -> None:
+    http = TestClient(fleet.app, base_url=f"http://{HOST}", headers={"Authorization": f"Bearer {fleet.token}"})
+    path = f"/v1/jobs/job_{fleet.live}/stages/reward/leases"
+
+    for field, value in (("timeout_seconds", False), ("timeout_seconds", "0"), ("max_samples", True)):
+        answer = http.post(path, json={"worker": "judge", field: value})
+        assert (answer.status_code, answer.json()["field"]) == (422, f"body.{field}")
