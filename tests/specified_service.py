@@ -144,7 +144,7 @@ class Fleet:
         return view
 
 
-def _positive(case: Case) -> bool:
+def _positive(case: Case[Any]) -> bool:
     return case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE
 
 
@@ -188,7 +188,7 @@ class Finder:
         self._sent = Counter[str]()
         self._held: Lease | None = None
 
-    def change(self, case: Case) -> None:
+    def change(self, case: Case[Any]) -> None:
         label = case.operation.label
         number = self._sent[label]
         self._sent[label] += 1
@@ -223,7 +223,7 @@ class Finder:
             "lease_id": lambda: "0",
         }
 
-    def _spare(self, case: Case, label: str) -> None:
+    def _spare(self, case: Case[Any], label: str) -> None:
         """Nothing ends, frees or fills what the others need."""
         fleet, parameters = self._fleet, case.path_parameters
         bare = str(parameters.get("job_id", "")).removeprefix(PREFIX).removeprefix("job_")
@@ -243,7 +243,7 @@ class Finder:
         if "/leases/{lease_id}" in label and bare == fleet.live and parameters["lease_id"] == "0":
             self._lease(case)
 
-    def _lease(self, case: Case) -> None:
+    def _lease(self, case: Case[Any]) -> None:
         """One sample that waits for a reward, if there is one; it is taken once for all requests, until one ends it."""
         with suppress(StoreError):
             self._held = self._held or self._fleet.view.lease(
@@ -252,12 +252,13 @@ class Finder:
         if self._held is None:
             return
         case.path_parameters["lease_id"] = str(self._held.lease_id)
-        if isinstance(case.body, dict) and _positive(case):
+        body: Any = case.body
+        if isinstance(body, dict) and _positive(case):
             ids = self._held.sample_ids.tolist()
             rows = [{"sample_id": one, "reward": 1.0, "reward_parts": {}} for one in ids]
-            case.body |= {name: value for name, value in (("sample_ids", ids), ("samples", rows)) if name in case.body}
+            case.body = body | {name: value for name, value in (("sample_ids", ids), ("samples", rows)) if name in body}
 
-    def _bodies(self) -> Mapping[str, Callable[[Case], Any]]:
+    def _bodies(self) -> Mapping[str, Callable[[Case[Any]], Any]]:
         fleet = self._fleet
         return {
             "PATCH /v1/jobs/{job_id}": lambda _: {"priority": 7},
@@ -271,18 +272,19 @@ class Finder:
             "POST /v1/jobs/{job_id}/samples": lambda case: self._rows(case, "samples", FINISHED, 4),
         }
 
-    def _rows(self, case: Case, name: str, row: Mapping[str, Any], many: int) -> Any:
+    def _rows(self, case: Case[Any], name: str, row: Mapping[str, Any], many: int) -> Any:
         return {**case.body, name: [row] * many} if isinstance(case.body, dict) else case.body
 
-    def _hurry(self, case: Case) -> None:
+    def _hurry(self, case: Case[Any]) -> None:
         """Wait for a moment where minutes could be asked for."""
-        for place in (case.query, case.body):
+        places: tuple[Any, Any] = (case.query, case.body)
+        for place in places:
             if isinstance(place, dict) and isinstance(place.get("timeout_seconds"), int | float):
                 place["timeout_seconds"] = min(place["timeout_seconds"], PATIENCE)
         if case.operation.label == "POST /v1/completions" and isinstance(case.body, dict):
             case.body |= {"max_tokens": 4, "timeout_seconds": 10.0}
 
-    def settle(self, case: Case, status: int) -> None:
+    def settle(self, case: Case[Any], status: int) -> None:
         """After a request: the run goes on."""
         if case.operation.label.endswith("ack") and status == 200:
             self._held = None

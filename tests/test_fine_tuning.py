@@ -386,7 +386,7 @@ def test_a_creation_can_be_repeated_with_its_key(client: openai.OpenAI, training
 
     assert (again.parse().id, again.parse().seed) == (first.id, first.seed)
     assert again.headers["idempotent-replayed"] == "true"
-    assert [job.user_provided_suffix for job in client.fine_tuning.jobs.list(limit=100)].count("once") == 1
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=100)].count(first.id) == 1
     with pytest.raises(openai.BadRequestError, match="another body") as reused:
         client.fine_tuning.jobs.create(**(asked | {"suffix": "twice"}), extra_headers=key)
     assert reused.value.code == "idempotency_key_reused"

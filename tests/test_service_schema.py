@@ -55,7 +55,7 @@ def stateful(scenarios: int) -> dict[str, Any]:
 
 
 @schemathesis.check
-def every_error_has_its_shape(ctx: Any, response: schemathesis.Response, case: schemathesis.Case) -> None:
+def every_error_has_its_shape(ctx: Any, response: schemathesis.Response, case: schemathesis.Case[Any]) -> None:
     if response.status_code < 400:
         return
     openai = ROUTES.fullmatch(response.request.path_url.partition("?")[0]) is not None
@@ -83,11 +83,11 @@ def finder(fleet: Fleet) -> Iterator[Finder]:
     finder = Finder(fleet)
 
     @schemathesis.hook
-    def before_call(context: Any, case: schemathesis.Case, kwargs: Any) -> None:
+    def before_call(context: Any, case: schemathesis.Case[Any], kwargs: Any) -> None:
         finder.change(case)
 
     @schemathesis.hook
-    def after_call(context: Any, case: schemathesis.Case, response: schemathesis.Response) -> None:
+    def after_call(context: Any, case: schemathesis.Case[Any], response: schemathesis.Response) -> None:
         finder.settle(case, response.status_code)
 
     yield finder
