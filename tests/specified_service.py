@@ -221,6 +221,7 @@ class Finder:
             "name": lambda: "actor_update",
             "stage": lambda: "reward",
             "lease_id": lambda: "0",
+            "sample_id": lambda: "1",
         }
 
     def _spare(self, case: Case[Any], label: str) -> None:
