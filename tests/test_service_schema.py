@@ -152,9 +152,8 @@ def _without_lifespan(app: ASGIApp) -> ASGIApp:
 
 
 def check(campaign: Campaign, fleet: Fleet, wanted: int) -> None:
-    print(
-        f"{campaign.sent.total()} requests: {dict(campaign.sent)}; done least often: {campaign.served.most_common()[-8:]}"
-    )
+    print(f"{campaign.sent.total()} requests: {dict(campaign.sent)}")
+    print(f"done least often: {campaign.served.most_common()[-8:]}")
     assert not campaign.wrong, "\n\n".join(f"{what}\n{text}" for what, text in campaign.wrong.items())
     assert campaign.sent.total() >= wanted
     paths = fleet.app.openapi()["paths"]
