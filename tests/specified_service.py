@@ -208,7 +208,10 @@ class Finder:
             case.headers[WANTS] = COLUMNS if number % 3 else "*/*"
         if _positive(case):
             if known and (good := self._bodies().get(label)) is not None:
-                case.body = good(case)
+                # One in four is as plain as can be, so that nothing but the service can keep it from being done.
+                plain = number % 4 == 0 or not isinstance(case.body, dict)
+                case.body = good({} if plain else dict(case.body))
+                case.query = {} if plain else case.query
             self._hurry(case)
 
     def _names(self, label: str, job: str) -> dict[str, Callable[[], str]]:
@@ -259,22 +262,19 @@ class Finder:
             rows = [{"sample_id": one, "reward": 1.0, "reward_parts": {}} for one in ids]
             case.body = body | {name: value for name, value in (("sample_ids", ids), ("samples", rows)) if name in body}
 
-    def _bodies(self) -> Mapping[str, Callable[[Case[Any]], Any]]:
+    def _bodies(self) -> Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]:
         fleet = self._fleet
         return {
             "PATCH /v1/jobs/{job_id}": lambda _: {"priority": 7},
             "POST /v1/login": lambda _: {"token": fleet.token},
-            "POST /v1/jobs": lambda case: {**case.body, "config": tiny(), "resume_from": None},
+            "POST /v1/jobs": lambda body: {**body, "config": tiny(), "resume_from": None},
             "POST /v1/jobs:validate": lambda _: {"config": tiny()},
             "POST /v1/fine_tuning/jobs": lambda _: fine_tuning(fleet.file),
             "POST /v1/files": lambda _: {"file": LINES.decode(), "purpose": "fine-tune"},
-            "POST /v1/completions": lambda case: {**case.body, "model": f"job_{fleet.live}", "prompt": "1 + 1"},
-            "POST /v1/jobs/{job_id}/prompts": lambda case: self._rows(case, "prompts", {"prompt": "1 + 1"}, 1),
-            "POST /v1/jobs/{job_id}/samples": lambda case: self._rows(case, "samples", FINISHED, 4),
+            "POST /v1/completions": lambda body: {**body, "model": f"job_{fleet.live}", "prompt": "1 + 1"},
+            "POST /v1/jobs/{job_id}/prompts": lambda body: {**body, "prompts": [{"prompt": "1 + 1"}]},
+            "POST /v1/jobs/{job_id}/samples": lambda body: {**body, "samples": [FINISHED] * 4},
         }
-
-    def _rows(self, case: Case[Any], name: str, row: Mapping[str, Any], many: int) -> Any:
-        return {**case.body, name: [row] * many} if isinstance(case.body, dict) else case.body
 
     def _hurry(self, case: Case[Any]) -> None:
         """Wait for a moment where minutes could be asked for."""
