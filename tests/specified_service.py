@@ -208,9 +208,10 @@ class Finder:
             case.headers[WANTS] = COLUMNS if number % 3 else "*/*"
         if _positive(case):
             if known and (good := self._bodies().get(label)) is not None:
-                # One in four is as plain as can be, so that nothing but the service can keep it from being done.
-                plain = number % 4 == 0 or not isinstance(case.body, dict)
-                case.body = good({} if plain else dict(case.body))
+                # Most are as plain as can be, so that nothing but the service can keep them from being done.
+                body: Any = case.body
+                plain = number % 8 != 6 or not isinstance(body, dict)
+                case.body = good({} if plain else body)
                 case.query = {} if plain else case.query
             self._hurry(case)
 
