@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from asyncflow_api import problems
+from asyncflow_api import problems, specification
 from asyncflow_api.auth import Authentication, Tokens
 from asyncflow_api.files import Files
 from asyncflow_api.jobs.service import Jobs
@@ -85,7 +85,6 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
         title="AsyncFlow",
         version=version("asyncflow"),
         lifespan=lifespan,
-        responses=problems.RESPONSES,
         # The interactive pages load scripts from another site: what is served here works without a network.
         docs_url=None,
         redoc_url=None,
@@ -99,4 +98,5 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
     app.add_middleware(OpenAIErrors)  # the last one added comes first
     for router in ROUTERS:
         app.include_router(router)
+    specification.install(app)
     return app

@@ -1,7 +1,7 @@
 """Who may call: tokens with a scope, sessions of browsers, and which names this service answers to.
 
 Everything is refused that shows no valid token, except the paths in `PUBLIC`; a route says what else it needs with
-`need("submit")`. A new route is therefore closed before anybody thinks of it.
+`Need("submit")`. A new route is therefore closed before anybody thinks of it.
 """
 
 from __future__ import annotations
@@ -64,17 +64,19 @@ def identity_of(request: Request) -> Identity:
     return found
 
 
-def need(scope: TokenScope) -> Callable[[Request], Identity]:
+@dataclass(frozen=True)
+class Need:
     """A dependency: the caller has at least this scope."""
 
-    def check(request: Request) -> Identity:
+    scope: TokenScope
+
+    def __call__(self, request: Request) -> Identity:
+        """Raises Problem."""
         identity = identity_of(request)
-        if not identity.may(scope):
-            text = f"this needs a token of scope {scope}, and this one has {identity.scope}: take another token"
+        if not identity.may(self.scope):
+            text = f"this needs a token of scope {self.scope}, and this one has {identity.scope}: take another token"
             raise Problem(403, "scope_too_small", text)
         return identity
-
-    return check
 
 
 class Tokens:

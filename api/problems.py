@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from asyncflow_api.jobs.database import Changed, KeyReused, NoSuchJob
 from asyncflow_api.jobs.lifecycle import IllegalMove
@@ -15,9 +15,10 @@ from asyncflow_api.jobs.service import Busy, Invalid
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncflow.errors import AsyncFlowError, ControlError, UserError
@@ -33,6 +34,8 @@ REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class FieldProblem(BaseModel):
     """One thing that is wrong in a request."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     field: str
     """Dotted path: `body.priority`, `query.limit`, `body.config.steps`, `header.if-match`."""
     message: str
@@ -40,6 +43,8 @@ class FieldProblem(BaseModel):
 
 class ProblemBody(BaseModel):
     """An error as it is answered."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     type: str = "about:blank"
     title: str
@@ -49,16 +54,8 @@ class ProblemBody(BaseModel):
     code: str
     """For programs."""
     field: str | None = None
-    errors: list[FieldProblem] = []
+    errors: list[FieldProblem] = Field(default_factory=list)
     request_id: str
-
-
-SCHEMA: Final = {"$ref": "#/components/schemas/ProblemBody"}
-RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    "4XX": {"description": "What is wrong, and what would be right", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
-    "5XX": {"description": "A fault of the service", "content": {MEDIA_TYPE: {"schema": SCHEMA}}},
-}
-"""For the specification: every route can answer these."""
 
 
 class Problem(AsyncFlowError):
@@ -149,27 +146,30 @@ def install(app: FastAPI) -> None:
         code = phrase.lower().replace(" ", "_")
         text = {404: "there is nothing at this path: see /openapi.json", 405: "this path has other methods"}
         detail = text.get(error.status_code, error.detail)
-        return Problem(error.status_code, code, detail, headers=error.headers).response(request_id(request.scope))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(methods(request)))
+        return Problem(error.status_code, code, detail, headers=headers).response(request_id(request.scope))
 
     app.add_exception_handler(AsyncFlowError, refused)
     app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(HTTPException, not_found)
-    specification = app.openapi
 
-    def with_problems() -> dict[str, Any]:
-        found = specification()
-        schema = ProblemBody.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas = found.setdefault("components", {}).setdefault("schemas", {})
-        schemas |= schema.pop("$defs") | {"ProblemBody": schema}
-        return found
 
-    app.openapi = with_problems  # type: ignore[method-assign]
+def methods(request: Request) -> set[str]:
+    """What may be done with the path of a request, whichever of its routes does it."""
+    found = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in found for method in getattr(route, "methods", None) or ()}
 
 
 def request_id(scope: Scope) -> str:
     """The id of the request that is being answered."""
     found: str = scope["state"]["request_id"]
     return found
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(8)}"
 
 
 class Outermost:
@@ -183,7 +183,7 @@ class Outermost:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get("x-request-id", "")
-        own = asked if REQUEST_ID.fullmatch(asked) else f"req_{secrets.token_hex(8)}"
+        own = asked if REQUEST_ID.fullmatch(asked) else new_request_id()
         scope.setdefault("state", {})["request_id"] = own
         began = False
 

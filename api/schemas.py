@@ -16,15 +16,21 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,9
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=16)]
-Priority = Annotated[int, Field(ge=0, le=100, strict=True)]
+Priority = Annotated[int, Field(ge=0, le=100)]
 JobId = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{20}$")]
-Staleness = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
+Staleness = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Request(BaseModel):
-    """Base of what clients send: unknown keys are refused."""
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
+
+
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class SubmitJob(Request):
@@ -67,14 +73,14 @@ class ChangeJob(Request):
         return self.model_dump(exclude_none=True)
 
 
-class ReasonBody(BaseModel):
+class ReasonBody(Reply):
     """Why a job is where it is."""
 
     code: str
     message: str
 
 
-class Progress(BaseModel):
+class Progress(Reply):
     """How far a run is."""
 
     step: int
@@ -83,7 +89,7 @@ class Progress(BaseModel):
     eta_seconds: float | None
 
 
-class Job(BaseModel):
+class Job(Reply):
     """A job."""
 
     id: str
@@ -117,7 +123,7 @@ class ListedJob(Job):
     summary: dict[str, Any] | None = Field(exclude=True)
 
 
-class Deleted(BaseModel):
+class Deleted(Reply):
     """That a job is gone."""
 
     id: str
@@ -125,14 +131,14 @@ class Deleted(BaseModel):
     deleted: Literal[True] = True
 
 
-class FieldMessage(BaseModel):
+class FieldMessage(Reply):
     """One thing that is wrong in a configuration."""
 
     field: str
     message: str
 
 
-class ValidationBody(BaseModel):
+class ValidationBody(Reply):
     """What came of a configuration; nothing was started."""
 
     object: Literal["validation"] = "validation"
@@ -144,7 +150,7 @@ class ValidationBody(BaseModel):
     """For people: what runs where, how much memory, what a step is, what the bound means."""
 
 
-class EventBody(BaseModel):
+class EventBody(Reply):
     """Something that happened to a job."""
 
     id: str
@@ -158,7 +164,7 @@ class EventBody(BaseModel):
     data: dict[str, Any]
 
 
-class CheckpointBody(BaseModel):
+class CheckpointBody(Reply):
     """A complete checkpoint of a run."""
 
     id: str
@@ -170,7 +176,7 @@ class CheckpointBody(BaseModel):
     created_at: str
 
 
-class Health(BaseModel):
+class Health(Reply):
     """That the service answers, and what it is."""
 
     status: Literal["ok"] = "ok"
@@ -183,7 +189,7 @@ class Login(Request):
     token: Annotated[str, StringConstraints(max_length=512)]
 
 
-class Me(BaseModel):
+class Me(Reply):
     """Who calls."""
 
     object: Literal["identity"] = "identity"
@@ -198,11 +204,11 @@ class NewToken(Request):
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
     scope: Scope
-    expires_in: Annotated[int, Field(ge=1, le=10 * 365 * 86400, strict=True)] | None = None
+    expires_in: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] | None = None
     """Seconds; None never expires."""
 
 
-class Token(BaseModel):
+class Token(Reply):
     """A token, without the token."""
 
     id: str

@@ -14,13 +14,19 @@ Auto = Literal["auto"]
 FileId = Annotated[str, StringConstraints(max_length=64)]
 
 
-class Asked(BaseModel):
-    """Base of what clients send: unknown keys are refused."""
+class Request(BaseModel):
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
 
 
-class StringCheck(Asked):
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class StringCheck(Request):
     """Compares text: `asyncflow.rewards.graders`."""
 
     type: Literal["string_check"]
@@ -30,7 +36,7 @@ class StringCheck(Asked):
     operation: Literal["eq", "ne", "like", "ilike"]
 
 
-class NamedReward(Asked):
+class NamedReward(Request):
     """One of AsyncFlow's reward functions, which OpenAI does not have."""
 
     type: Literal["asyncflow"]
@@ -41,28 +47,28 @@ class NamedReward(Asked):
 Grader = Annotated[StringCheck | NamedReward, Field(discriminator="type")]
 
 
-class Hyperparameters(Asked):
+class Hyperparameters(Request):
     """`auto` and what is left out are chosen here, and told in the answer."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000, strict=True)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=4096, strict=True)] = "auto"
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
     """Problems of one step."""
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
     compute_multiplier: Auto | Annotated[float, Field(gt=0, le=64)] = "auto"
     """1 is 8 completions of each problem."""
-    eval_interval: Auto | Annotated[int, Field(ge=1, le=1_000_000, strict=True)] = "auto"
+    eval_interval: Auto | Annotated[int, Field(ge=1, le=1_000_000)] = "auto"
     """Steps."""
     eval_samples: Auto | int = "auto"
     reasoning_effort: str = "default"
 
 
-class Reinforcement(Asked):
+class Reinforcement(Request):
     grader: dict[str, Any]
     """`Grader`; looked at apart, to say more of those that are not taken."""
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
 
 
-class Method(Asked):
+class Method(Request):
     type: Literal["supervised", "dpo", "reinforcement"]
     reinforcement: Reinforcement | None = None
     supervised: dict[str, Any] | None = None
@@ -74,7 +80,7 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 
-class CreateFineTuningJob(Asked):
+class CreateFineTuningJob(Request):
     """A model to train."""
 
     model: Annotated[str, StringConstraints(max_length=500)]
@@ -85,7 +91,7 @@ class CreateFineTuningJob(Asked):
     method: Method | None = None
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     """The job's name."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     metadata: Metadata | None = None
     integrations: list[dict[str, Any]] | None = None
     hyperparameters: dict[str, Any] | None = None
@@ -93,13 +99,13 @@ class CreateFineTuningJob(Asked):
     """Settings of a configuration for which OpenAI has no word, such as `max_new_tokens` or `max_staleness`."""
 
 
-class JobError(BaseModel):
+class JobError(Reply):
     code: str
     message: str
     param: str | None = None
 
 
-class FineTuningJob(BaseModel):
+class FineTuningJob(Reply):
     """A job, as OpenAI has it."""
 
     id: str
@@ -112,20 +118,20 @@ class FineTuningJob(BaseModel):
     hyperparameters: dict[str, Any]
     model: str
     organization_id: str = "asyncflow"
-    result_files: list[str] = []
+    result_files: list[str] = Field(default_factory=list)
     seed: int
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     trained_tokens: int | None = None
     training_file: str
     validation_file: str | None
     estimated_finish: int | None
-    integrations: list[dict[str, Any]] = []
+    integrations: list[dict[str, Any]] = Field(default_factory=list)
     metadata: dict[str, str] | None
     method: dict[str, Any]
     user_provided_suffix: str | None
 
 
-class FineTuningEvent(BaseModel):
+class FineTuningEvent(Reply):
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -135,11 +141,11 @@ class FineTuningEvent(BaseModel):
     data: dict[str, Any]
 
 
-class CheckpointMetrics(BaseModel):
+class CheckpointMetrics(Reply):
     step: int
 
 
-class FineTuningCheckpoint(BaseModel):
+class FineTuningCheckpoint(Reply):
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
@@ -149,7 +155,7 @@ class FineTuningCheckpoint(BaseModel):
     step_number: int
 
 
-class FileObject(BaseModel):
+class FileObject(Reply):
     id: str
     object: Literal["file"] = "file"
     bytes: int
@@ -159,13 +165,13 @@ class FileObject(BaseModel):
     status: Literal["processed"] = "processed"
 
 
-class DeletedFile(BaseModel):
+class DeletedFile(Reply):
     id: str
     object: Literal["file"] = "file"
     deleted: Literal[True] = True
 
 
-class OpenAIList(BaseModel, Generic[Item]):
+class OpenAIList(Reply, Generic[Item]):
     """A piece of a list; the next one begins `after` the id of its last item."""
 
     object: Literal["list"] = "list"
@@ -175,18 +181,12 @@ class OpenAIList(BaseModel, Generic[Item]):
     last_id: str | None = None
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(Reply):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class OpenAIError(BaseModel):
+class OpenAIError(Reply):
     error: ErrorDetail
-
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": OpenAIError, "description": "What is wrong, and what would be right"} for status in ("4XX", "5XX")
-}
-"""For the specification: every route here can answer these."""

@@ -19,15 +19,21 @@ def moment(at: float) -> str:
 
 
 class Request(BaseModel):
-    """Base of what is asked."""
+    """Base of what clients send: unknown keys are refused, and so is text where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True)
+
+
+class Reply(BaseModel):
+    """Base of what they are answered. What stands below a field is in the specification as well."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-class AccountReply(BaseModel):
+class AccountReply(Reply):
     """`admitted == trained + dropped + quarantined + open` always."""
 
     admitted: int
@@ -40,7 +46,7 @@ class AccountReply(BaseModel):
     restored: int
 
 
-class StageReply(BaseModel):
+class StageReply(Reply):
     """The samples at one stage."""
 
     name: str
@@ -54,7 +60,7 @@ class StageReply(BaseModel):
     """None: never, at these rates."""
 
 
-class LeaseSeen(BaseModel):
+class LeaseSeen(Reply):
     id: int
     stage: str
     worker: str
@@ -62,7 +68,7 @@ class LeaseSeen(BaseModel):
     seconds: float | None
 
 
-class StalenessReply(BaseModel):
+class StalenessReply(Reply):
     """Staleness in policy versions → samples."""
 
     in_flight: dict[str, int]
@@ -70,19 +76,19 @@ class StalenessReply(BaseModel):
     at_training: dict[str, int]
 
 
-class HistoryReply(BaseModel):
+class HistoryReply(Reply):
     """Staleness at training, step by step."""
 
     step: list[int]
     histogram: list[dict[str, int]]
 
 
-class BottleneckReply(BaseModel):
+class BottleneckReply(Reply):
     stage: str | None
     text: str
 
 
-class QueueReply(BaseModel):
+class QueueReply(Reply):
     object: Literal["queue"] = "queue"
     live: bool
     at: str
@@ -149,7 +155,7 @@ def _named(histogram: Mapping[int, int]) -> dict[str, int]:
 # -- workers and engines -----------------------------------------------------------------------------------------------
 
 
-class Shares(BaseModel):
+class Shares(Reply):
     """Of the last minute, 0 to 1."""
 
     busy: float
@@ -157,7 +163,7 @@ class Shares(BaseModel):
     blocked: float
 
 
-class WorkerReply(BaseModel):
+class WorkerReply(Reply):
     name: str
     stage: str | None
     activity: Literal["busy", "idle", "blocked"]
@@ -171,13 +177,13 @@ class WorkerReply(BaseModel):
     shares: Shares
 
 
-class WorkersReply(BaseModel):
+class WorkersReply(Reply):
     object: Literal["list"] = "list"
     data: list[WorkerReply]
     """Empty for a run that does not go on."""
 
 
-class EngineReply(BaseModel):
+class EngineReply(Reply):
     name: str
     kind: str
     served: str | None
@@ -187,12 +193,12 @@ class EngineReply(BaseModel):
     in_flight: int
 
 
-class EnginesReply(BaseModel):
+class EnginesReply(Reply):
     object: Literal["list"] = "list"
     data: list[EngineReply]
 
 
-class SpanReply(BaseModel):
+class SpanReply(Reply):
     worker: str
     activity: Literal["busy", "idle", "blocked"]
     start: str
@@ -200,12 +206,12 @@ class SpanReply(BaseModel):
     cause: str | None
 
 
-class TimelineReply(BaseModel):
+class TimelineReply(Reply):
     object: Literal["timeline"] = "timeline"
     spans: list[SpanReply]
 
 
-class ProgressReply(BaseModel):
+class ProgressReply(Reply):
     step: int
     steps: int
     seconds: float
@@ -213,7 +219,7 @@ class ProgressReply(BaseModel):
     phase: str
 
 
-class LiveReply(BaseModel):
+class LiveReply(Reply):
     """One event of `live`."""
 
     queue: QueueReply
@@ -221,13 +227,13 @@ class LiveReply(BaseModel):
     progress: ProgressReply | None
 
 
-class SeriesReply(BaseModel):
+class SeriesReply(Reply):
     step: list[int]
     time: list[str]
     value: list[float]
 
 
-class MetricsReply(BaseModel):
+class MetricsReply(Reply):
     object: Literal["metrics"] = "metrics"
     names: list[str]
     """All that there are."""
@@ -237,7 +243,7 @@ class MetricsReply(BaseModel):
 # -- samples -----------------------------------------------------------------------------------------------------------
 
 
-class SampleBrief(BaseModel):
+class SampleBrief(Reply):
     id: int
     group_id: int
     state: str
@@ -255,14 +261,14 @@ class SampleBrief(BaseModel):
         return cls.model_validate(brief, from_attributes=True)
 
 
-class SamplesReply(BaseModel):
+class SamplesReply(Reply):
     object: Literal["list"] = "list"
     data: list[SampleBrief]
     has_more: bool
     next_cursor: str | None
 
 
-class TokenReply(BaseModel):
+class TokenReply(Reply):
     id: int
     text: str | None
 
@@ -274,7 +280,7 @@ class ResponseTokenReply(TokenReply):
     masked: bool
 
 
-class MomentReply(BaseModel):
+class MomentReply(Reply):
     lsn: int
     at: str
     type: str
@@ -344,12 +350,12 @@ class SamplesRequest(Request):
     timeout_seconds: Wait = 5.0
 
 
-class AdmittedGroup(BaseModel):
+class AdmittedGroup(Reply):
     group_id: int
     sample_ids: list[int]
 
 
-class PutReply(BaseModel):
+class PutReply(Reply):
     object: Literal["put"] = "put"
     groups: list[AdmittedGroup]
 
@@ -362,7 +368,7 @@ class LeaseRequest(Request):
     ttl_seconds: Ttl = 60.0
 
 
-class LeaseReply(BaseModel):
+class LeaseReply(Reply):
     object: Literal["lease"] = "lease"
     lease_id: int | None
     """None: nothing was ready."""
@@ -387,7 +393,7 @@ class NackRequest(Request):
     """Puts them into quarantine."""
 
 
-class LeaseUpdate(BaseModel):
+class LeaseUpdate(Reply):
     object: Literal["lease_update"] = "lease_update"
     lease_id: int
     samples: int
@@ -426,27 +432,27 @@ class CompletionRequest(Request):
     timeout_seconds: float = Field(default=60.0, gt=0, le=600)
 
 
-class ChoiceLogprobs(BaseModel):
+class ChoiceLogprobs(Reply):
     tokens: list[str]
     token_logprobs: list[float]
     text_offset: list[int]
     top_logprobs: None = None
 
 
-class Choice(BaseModel):
+class Choice(Reply):
     text: str
     index: int
     logprobs: ChoiceLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Usage(BaseModel):
+class Usage(Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class CompletionReply(BaseModel):
+class CompletionReply(Reply):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import uvicorn
+from asyncflow_api.connections import bounded
 from asyncflow_api.jobs.folder import write_text
 from asyncflow_api.settings import Settings
 from fastapi import FastAPI
@@ -49,7 +50,7 @@ def make_server(
         app,
         host=settings.host,
         port=settings.port,
-        http="h11",  # whose buffer of a request's head is bounded
+        http=bounded(settings.head_timeout),
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -44,6 +44,8 @@ class Settings:
     """Bytes of all of them."""
     max_bodies: int = 256 << 20
     """Bytes of all bodies that are being received."""
+    head_timeout: float = 15.0
+    """Seconds in which the head of a request has to be there, and a new connection has to begin one."""
     body_timeout: float = 30.0
     """Seconds in which a body has to be there."""
     rate: float = 200.0

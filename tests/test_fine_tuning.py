@@ -377,6 +377,22 @@ def test_what_cannot_be_is_refused_by_name(
     assert refused.value.type == "invalid_request_error"
 
 
+def test_a_creation_can_be_repeated_with_its_key(client: openai.OpenAI, training_file: str) -> None:
+    asked: Any = {"model": "tiny", "training_file": training_file, "method": reinforcement(), "suffix": "once"}
+    key = {"Idempotency-Key": "fine-tuning-1"}
+    first = client.fine_tuning.jobs.create(**asked, extra_headers=key)
+
+    again = client.fine_tuning.jobs.with_raw_response.create(**asked, extra_headers=key)
+
+    assert (again.parse().id, again.parse().seed) == (first.id, first.seed)
+    assert again.headers["idempotent-replayed"] == "true"
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=100)].count(first.id) == 1
+    with pytest.raises(openai.BadRequestError, match="another body") as reused:
+        client.fine_tuning.jobs.create(**(asked | {"suffix": "twice"}), extra_headers=key)
+    assert reused.value.code == "idempotency_key_reused"
+    client.fine_tuning.jobs.cancel(first.id)
+
+
 def test_every_error_of_these_routes_has_the_shape_that_their_clients_know(
     client: openai.OpenAI, service: RunningService
 ) -> None:

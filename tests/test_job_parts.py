@@ -447,6 +447,13 @@ def test_a_log_is_read_in_pieces_that_never_show_a_secret(tmp_path: Path) -> Non
     assert log.read(log.last_lines(3), 1000, ended=True)[0] == "".join(shown.splitlines(True)[-2:]) + "unfinished ***"
 
 
+def test_a_log_has_nothing_behind_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("one\ntwo\n")
+
+    assert LogReader(path, Redactor({})).read(1 << 50, 1000, ended=False) == ("", 8)
+
+
 def test_a_line_without_end_is_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"x" * 300_000 + b"\nafter\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +32,7 @@ class LogReader:
         """
         try:
             with self._path.open("rb") as file:
-                if offset:
+                if offset := min(offset, os.fstat(file.fileno()).st_size):
                     offset = _line_start(file, offset)
                 data = file.read(most)
         except FileNotFoundError:

@@ -33,6 +33,7 @@ from asyncflow_api.schemas_run import (
     Wait,
     moment,
 )
+from asyncflow_api.specification import answers
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ValidationError
@@ -202,7 +203,12 @@ def _put_id(name: PutName | None) -> PutId | None:
 # -- consumers ---------------------------------------------------------------------------------------------------------
 
 
-@router.post("/stages/{stage}/leases", response_model=LeaseReply, summary="Take samples that are ready for a stage")
+@router.post(
+    "/stages/{stage}/leases",
+    response_model=LeaseReply,
+    summary="Take samples that are ready for a stage",
+    responses=answers(MEDIA_TYPE, description="The lease") | {204: {"description": "As columns: nothing was ready"}},
+)
 def lease(stage: StageName, asked: LeaseRequest, request: Request, _: Submits, view: TheView) -> LeaseReply | Response:
     """They belong to the worker until it acks or nacks them, or the lease ends. With `Accept:
     application/vnd.apache.arrow.stream` the answer is columns, with `X-Lease-Id` and `X-Lease-Deadline` in its headers

@@ -9,11 +9,12 @@ from asyncflow_api.files import Files
 from asyncflow_api.jobs.database import NoSuchFile
 from asyncflow_api.jobs.rows import FileRow
 from asyncflow_api.problems import Problem
-from asyncflow_api.schemas_openai import ERRORS, DeletedFile, FileObject, OpenAIList
+from asyncflow_api.schemas_openai import DeletedFile, FileObject, OpenAIList
+from asyncflow_api.specification import answers
 from fastapi import APIRouter, Depends, File, Form, Query, UploadFile
 from fastapi.responses import FileResponse
 
-router = APIRouter(prefix="/v1", tags=["files"], responses=ERRORS)
+router = APIRouter(prefix="/v1", tags=["files"])
 
 
 def the_files(jobs: TheJobs) -> Files:
@@ -70,7 +71,11 @@ def get_file(file_id: str, jobs: TheJobs, _: Reads) -> FileObject:
         raise no_file(error) from None
 
 
-@router.get("/files/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/files/{file_id}/content",
+    response_class=FileResponse,
+    responses=answers("application/octet-stream", description="Its bytes"),
+)
 def content(file_id: str, files: TheFiles, _: Reads) -> FileResponse:
     """What was sent, to the byte."""
     try:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
-from asyncflow_api.dependencies import Reads, Submits, TheJobs, served
+from asyncflow_api.dependencies import IdempotencyKey, Reads, Submits, TheJobs, once_of, served, submitted
 from asyncflow_api.fine_tuning import configuration, parameter_of, refused
 from asyncflow_api.jobs.database import NoSuchFile, NoSuchJob
 from asyncflow_api.jobs.events import Cursor, Event
@@ -21,7 +21,6 @@ from asyncflow_api.routes.files import After, TheFiles
 from asyncflow_api.routes.history import complete_checkpoints
 from asyncflow_api.schemas import LabelName, LabelValue
 from asyncflow_api.schemas_openai import (
-    ERRORS,
     CheckpointMetrics,
     CreateFineTuningJob,
     FineTuningCheckpoint,
@@ -30,10 +29,10 @@ from asyncflow_api.schemas_openai import (
     JobError,
     OpenAIList,
 )
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine_tuning"], responses=ERRORS)
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine_tuning"])
 
 STATUS: Final[Mapping[State, str]] = {
     State.validating: "validating_files",
@@ -54,7 +53,15 @@ LABEL: Final[TypeAdapter[dict[str, str]]] = TypeAdapter(dict[LabelName, LabelVal
 
 
 @router.post("/jobs")
-def create(body: CreateFineTuningJob, jobs: TheJobs, files: TheFiles, _: Submits) -> FineTuningJob:
+def create(
+    body: CreateFineTuningJob,
+    response: Response,
+    jobs: TheJobs,
+    files: TheFiles,
+    caller: Submits,
+    *,
+    idempotency_key: IdempotencyKey = None,
+) -> FineTuningJob:
     """Take in a job. The file was looked at when it came; the plan is made next, then it waits for a slot."""
     training = files.get(body.training_file, "body.training_file")
     validation = None
@@ -64,12 +71,12 @@ def create(body: CreateFineTuningJob, jobs: TheJobs, files: TheFiles, _: Submits
     config, request = configuration(body, (training, files.prompts(training.id)), validation)
     new = NewJob(name=config["name"], config=config, labels=_labels(body.metadata or {}), request=request)
     try:
-        row, _again = jobs.submit(new)
+        row = submitted(jobs, new, once_of(idempotency_key, caller, body), response)
     except NoSuchFile as error:
         raise Problem(400, "no_such_file", f"{error} any more: send it again", field="body.training_file") from None
     except Invalid as error:
         raise refused((one.field, one.message) for one in error.errors) from None
-    return _job(jobs, row, request)
+    return _job(jobs, *_known(jobs, row.id))  # of the first time, if it came again: a seed was chosen then
 
 
 @router.get("/jobs")

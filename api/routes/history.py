@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from asyncflow_api import sse
 from asyncflow_api.dependencies import Reads, TheJobs, served
@@ -15,6 +15,7 @@ from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.pages import CursorText, Limit, Page, page_of, position
 from asyncflow_api.problems import Problem
 from asyncflow_api.schemas import CheckpointBody, EventBody, ListedJob, event_body, rfc3339
+from asyncflow_api.specification import answers
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
@@ -27,9 +28,6 @@ router = APIRouter(prefix="/v1", tags=["history"])
 LastEventId = Annotated[
     str | None, Header(max_length=64, description="Where a stream goes on: the id of the last event that came.")
 ]
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}}, "description": "A page, or a stream of events"}
-}
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox; frame-ancestors 'self'"
 MOST_EVENTS = 200
 """Events that are read at once for a stream."""
@@ -37,7 +35,11 @@ LOG_PIECE = 1 << 16
 """Bytes of a log that are read at once."""
 
 
-@router.get("/jobs/{job_id}/events", response_model=Page[EventBody], responses=STREAM)
+@router.get(
+    "/jobs/{job_id}/events",
+    response_model=Page[EventBody],
+    responses=answers(sse.MEDIA_TYPE, description="A page, or a stream"),
+)
 def events(
     job_id: str,
     request: Request,
@@ -72,7 +74,7 @@ def event_stream(jobs: Jobs, job_id: str, start: Cursor) -> Response:
     return answer
 
 
-@router.get("/events", responses=STREAM, response_class=Response)
+@router.get("/events", response_class=Response, responses=answers(sse.MEDIA_TYPE, description="A stream"))
 def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId = None) -> Response:
     """A stream of all jobs: event `job` with a job as lists have it, `deleted` with its id; from now on, or a point on.
 
@@ -109,7 +111,11 @@ def _listed(jobs: Jobs, job_id: str, seq: int) -> bytes:
     return told
 
 
-@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=STREAM)
+@router.get(
+    "/jobs/{job_id}/logs",
+    response_class=PlainTextResponse,
+    responses=answers("text/plain", sse.MEDIA_TYPE, description="A piece of the log, or a stream"),
+)
 def logs(
     job_id: str,
     request: Request,
@@ -176,7 +182,7 @@ def complete_checkpoints(run_dir: Path, after: str = "") -> Iterator[tuple[Check
         yield body, written
 
 
-@router.get("/jobs/{job_id}/report", response_class=FileResponse)
+@router.get("/jobs/{job_id}/report", response_class=FileResponse, responses=answers("text/html", description="A page"))
 def report(job_id: str, jobs: TheJobs, _: Reads) -> Response:
     """The report of a run that has ended, as a page that can do nothing but be looked at."""
     path = jobs.report(job_id)

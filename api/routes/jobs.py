@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from typing import Annotated
 
-from asyncflow_api.dependencies import Reads, Submits, TheJobs, served
-from asyncflow_api.jobs.database import NoSuchJob
+from asyncflow_api.dependencies import IdempotencyKey, Reads, Submits, TheJobs, once_of, served, submitted
 from asyncflow_api.jobs.lifecycle import State
-from asyncflow_api.jobs.rows import NewJob, Once
+from asyncflow_api.jobs.rows import NewJob
 from asyncflow_api.pages import CursorText, Limit, Page, number, page_of
 from asyncflow_api.problems import Problem
 from asyncflow_api.schemas import (
@@ -27,10 +24,6 @@ from fastapi import APIRouter, Header, Query, Response
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
-IdempotencyKey = Annotated[
-    str | None,
-    Header(pattern=r"^[\x21-\x7e]{1,128}$", description="The same key and body are answered with the same job."),
-]
 IfMatch = Annotated[
     str | None, Header(max_length=128, description="The ETag of the job as you know it: refused if it has changed.")
 ]
@@ -45,16 +38,7 @@ def submit(
     new = NewJob(
         name=name, config=body.config, priority=body.priority, labels=body.labels, resume_from=body.resume_from
     )
-    once = None
-    if idempotency_key is not None:
-        digest = hashlib.sha256(json.dumps(body.model_dump(), sort_keys=True).encode()).hexdigest()
-        once = Once(key=idempotency_key, owner=caller.token_id, digest=digest)
-    try:
-        row, again = jobs.submit(new, once=once)
-    except NoSuchJob as error:
-        raise Problem(409, "no_such_job", f"{error} any more: name one that is there, or take a new key") from None
-    if again:
-        response.headers["Idempotent-Replayed"] = "true"
+    row = submitted(jobs, new, once_of(idempotency_key, caller, body), response)
     response.headers["Location"] = f"/v1/jobs/{row.id}"
     return served(jobs, row, response)
 

@@ -6,13 +6,19 @@ from asyncflow_api.dependencies import Reads
 from asyncflow_api.jobs.lifecycle import LIVE
 from asyncflow_api.measures import MOST_JOBS, JobCollector
 from asyncflow_api.runs import RunView, TheRuns
+from asyncflow_api.specification import answers
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 router = APIRouter(tags=["metrics"])
 
 
-@router.get("/metrics", response_class=Response, summary="Prometheus metrics of the service and its live jobs")
+@router.get(
+    "/metrics",
+    response_class=Response,
+    summary="Prometheus metrics of the service and its live jobs",
+    responses=answers("text/plain", description="Prometheus' text format"),
+)
 def metrics(request: Request, runs: TheRuns, _: Reads) -> Response:
     """Needs a token of scope `read`, as everything does: `authorization.credentials_file` of the scrape config."""
     jobs = request.app.state.jobs

@@ -12,6 +12,7 @@ from asyncflow_api.refusals import RunRoute
 from asyncflow_api.routes.workers import worker_of
 from asyncflow_api.runs import NotBegun, RunView, TheView
 from asyncflow_api.schemas_run import LiveReply, ProgressReply, QueueReply
+from asyncflow_api.specification import answers
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
@@ -29,7 +30,12 @@ def queue(_: Reads, view: TheView) -> QueueReply:
     return QueueReply.of(found, live=view.live, bottleneck=view.bottleneck(found))
 
 
-@router.get("/live", response_class=StreamingResponse, summary="The queue as it changes")
+@router.get(
+    "/live",
+    response_class=StreamingResponse,
+    summary="The queue as it changes",
+    responses=answers(sse.MEDIA_TYPE, description="A stream"),
+)
 def live(_: Reads, view: TheView) -> StreamingResponse:
     """Server-sent events `live`, each a whole picture: at most four a second, and only when something has changed.
 

@@ -27,7 +27,7 @@ def login(body: Login, response: Response, jobs: TheJobs, tokens: TheTokens) -> 
     found = tokens.log_in(body.token, jobs.settings.session_seconds)
     if found is None:
         text = "this token is not known or has expired: take a valid one"
-        raise Problem(401, "wrong_token", text, field="body.token")
+        raise Problem(401, "wrong_token", text, field="body.token", headers={"WWW-Authenticate": "Bearer"})
     identity, session = found
     response.set_cookie(
         COOKIE,

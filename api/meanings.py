@@ -1,0 +1,120 @@
+"""What fields and parameters of one name mean wherever they come, and in which unit.
+
+The specification takes from here what has no description of its own. `Model.field` comes before `field`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+MOMENT: Final = "RFC 3339, UTC, with milliseconds."
+MOMENTS: Final = frozenset(
+    {"created_at", "updated_at", "started_at", "finished_at", "expires_at", "at", "start", "end", "deadline"}
+)
+"""Names of times where they are text; as numbers they are in `MEANINGS`."""
+MEANINGS: Final[Mapping[str, str]] = {
+    # -- names and numbers of things
+    "job_id": "The id of a job.",
+    "job": "The id of a job.",
+    "x-asyncflow-job": "The id of a job.",
+    "file_id": "The id of a file.",
+    "token_id": "The id of a token, which is not the token.",
+    "lease_id": "The number of a lease.",
+    "sample_id": "The number of a sample.",
+    "sample_ids": "Numbers of samples.",
+    "group_id": "The number of a group: the samples of one prompt.",
+    "name": "Its name.",
+    "stage": "The name of a stage, such as `reward`.",
+    "producer": "Names a put whose body is columns, with `sequence`: repeating it changes nothing.",
+    "epoch": "The life of a producer, which begins to count again in each.",
+    "sequence": "The number of a put among those of its producer.",
+    "purpose": "`fine-tune` is all that there is here.",
+    "order": "By the time of creation.",
+    "limit": "At most so many.",
+    "LeaseSeen.id": "The number of the lease.",
+    "SampleBrief.id": "The number of the sample, in the order of admission.",
+    "SampleReply.id": "The number of the sample, in the order of admission.",
+    "TokenReply.id": "The token's number in the vocabulary.",
+    "ResponseTokenReply.id": "The token's number in the vocabulary.",
+    "lsn": "The number of an event in the run's ledger.",
+    "index": "The place among the choices, from 0.",
+    "revision": "Grows with every change of the job.",
+    "priority": "0 to 100; the highest starts first.",
+    "status": "The status code of HTTP.",
+    # -- times
+    "created": "Unix time, seconds.",
+    "created_at": "Unix time, seconds.",
+    "finished_at": "Unix time, seconds; null until then.",
+    "estimated_finish": "Unix time, seconds; null where nobody can say.",
+    "seconds": "Seconds.",
+    "LeaseSeen.seconds": "For how long it has lasted; null of a run that has ended.",
+    "Progress.seconds": "Since the run began.",
+    "ProgressReply.seconds": "Since the run began.",
+    "eta_seconds": "Seconds until the last step, at the pace so far; null before the first.",
+    "since_seconds": "Seconds for which it has done that.",
+    "oldest_age_seconds": "Seconds for which the first of them has been here.",
+    "timeout_seconds": "Seconds for which the request waits.",
+    "in_per_second": "Samples that came, a second.",
+    "out_per_second": "Samples that the stage has done, a second.",
+    # -- steps and policy versions
+    "step": "Steps of the learner, from 1.",
+    "SampleBrief.step": "The step that consumed it; null before that.",
+    "SampleReply.step": "The step that consumed it; null before that.",
+    "SeriesReply.step": "The step of each point.",
+    "HistoryReply.step": "The steps, from 1.",
+    "step_number": "Steps of the learner, from 1.",
+    "steps": "Steps that the run is to make.",
+    "max_staleness": "The bound on staleness, in policy versions.",
+    "staleness": "Policy versions: when it was trained, or were it trained now; null without tokens.",
+    "histogram": "For each step: staleness in policy versions → samples.",
+    "at_training": "Staleness in policy versions → samples: those trained, when they were.",
+    "in_queue": "Staleness in policy versions → samples: open ones with tokens, were they trained now.",
+    "StalenessReply.in_flight": "Staleness in policy versions → samples: those that are being generated.",
+    "EngineReply.in_flight": "Samples that it generates now.",
+    # -- counts of samples
+    "admitted": "Samples that were ever taken in.",
+    "trained": "Samples that are in the weights.",
+    "dropped": "Reason → samples that were given up.",
+    "quarantined": "Samples that failed too often.",
+    "open": "Samples that have not ended.",
+    "requeued": "Times that a sample was generated again because it was too old.",
+    "masked": "Samples of which old tokens were left out of the loss.",
+    "restored": "Samples that became open again as the run went back to a checkpoint.",
+    "ready": "Samples that nobody has taken.",
+    "leased": "Samples that somebody has taken.",
+    "samples": "Samples that it is about.",
+    "states": "State → open samples.",
+    "capacity": "Samples that could be admitted now.",
+    "max_samples": "Samples, at most.",
+    "min_samples": "Samples, at least: with fewer the answer waits, and is empty after `timeout_seconds`.",
+    "attempts": "How often it was given out to be generated.",
+    # -- sizes, shares and measurements
+    "bytes": "Bytes.",
+    "busy": "Share of the last minute, 0 to 1.",
+    "idle": "Share of the last minute, 0 to 1.",
+    "blocked": "Share of the last minute, 0 to 1.",
+    "value": "The measurement; what its unit is follows from its name.",
+    "reward": "The reward that it was trained with; null before it has one.",
+    "min_reward": "Only of this reward or more.",
+    "max_reward": "Only of this reward or less.",
+    "reward_parts": "Reward function → what it gave.",
+    "logprob": "Natural logarithm of the probability, by the engine at sampling.",
+    "ref_logprob": "Natural logarithm of the probability, by the reference model.",
+    "token_logprobs": "Natural logarithms of the probabilities.",
+    "text_offset": "Where each token begins in the text, in characters.",
+    # -- generation and fine-tuning
+    "prompt": "One or several: text, or numbers of tokens.",
+    "max_tokens": "Tokens of a completion, at most.",
+    "n": "Completions of each prompt.",
+    "temperature": "0 takes the likeliest token.",
+    "top_p": "Only of the likeliest tokens whose probabilities add up to this.",
+    "seed": "Makes the random choices repeatable.",
+    "prompt_tokens": "Tokens of all prompts.",
+    "completion_tokens": "Tokens of all completions.",
+    "total_tokens": "Tokens of both.",
+    "trained_tokens": "Always null: it is not counted.",
+    "n_epochs": "How often each problem is trained.",
+    "learning_rate_multiplier": "Of the learning rate that is chosen here.",
+    "eval_samples": "Completions of each problem that is evaluated: 1.",
+}
