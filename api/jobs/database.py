@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from asyncflow_api.jobs.lifecycle import ENDED, State, check
 from asyncflow_api.jobs.rows import EventRow, FileRow, JobRow, Level, NewJob, Once, Reason
@@ -209,6 +209,12 @@ class Database:
         if not rows:
             raise NoSuchJob(f"there is no job {job_id}")
         return _job(rows[0])
+
+    def fate(self, job_id: str) -> Literal["there", "deleted"] | None:
+        """What became of a job of this id; None where there never was one."""
+        if self.read("SELECT 1 FROM jobs WHERE id=?", job_id):
+            return "there"
+        return "deleted" if self.read("SELECT 1 FROM events WHERE job_id=? AND type='deleted'", job_id) else None
 
     def jobs(
         self,
