@@ -120,7 +120,7 @@ def resume(
     they had consumed. `overrides` may change the settings in `RESUMABLE` (`steps=80` makes a finished run longer).
     Raises as `run` does, and CheckpointError; a refusal leaves the run as it was.
     """
-    made = {"rollout": rollout, "learner": learner, "reference": reference, "reward": reward}
+    made: dict[str, Any] = {"rollout": rollout, "learner": learner, "reference": reference, "reward": reward}
     ready, at = prepare_resume(run_dir, overrides=overrides, step=step, **made)
     return _raise_if_failed(launch(ready, going_on=at, listeners=(_log_alarm,)))
 

@@ -65,8 +65,8 @@ class Started:
 
     pid: int
     began: int
-    """Clock ticks from the start of the machine to its own: tells it from a later process with the same number, whatever
-    is done to the clock."""
+    """Clock ticks from the start of the machine to its own. Unlike a time it stays what it is when somebody sets the
+    clock, and tells it from a later process with the same number."""
     at: float
 
     def process(self) -> psutil.Process | None:
