@@ -390,6 +390,17 @@ def test_cores_of_another_machine_are_derived_again(stopped: Path) -> None:
     assert set(ready.config.rollout.cores or ()) | set(ready.config.learner.cores or ()) <= available
 
 
+def test_the_name_of_an_option_stays_a_name_when_a_run_goes_on(stopped: Path) -> None:
+    """What is changed was checked as it is: it must not become something else on the way."""
+    for name in ("seed=5 #", "seed.more", "a: b"):
+        with pytest.raises(ConfigError, match=f"options: {name} is not an option"):
+            prepare_resume(stopped, changes={"steps": 6, "rollout": {"options": {name: 1}}})
+
+    ready, _ = prepare_resume(stopped, changes={"steps": 6, "rollout": {"options": {"seed": 5}}})
+
+    assert ready.config.rollout.options["seed"] == 5
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
