@@ -504,6 +504,28 @@ def test_secrets_are_hidden_and_nothing_else_is() -> None:
     assert Redactor({}).text("nothing to hide") == "nothing to hide"
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"accessToken": "abcdef"}, {"accessToken": "***"}),
+        ({"AWSSecret": "abcdef"}, {"AWSSecret": "***"}),
+        ({"keys": ["ab", "abcdef"]}, {"keys": ["***", "***"]}),
+        ({"auth": {"user": "me", "parts": [{"a": "b"}]}}, {"auth": {"user": "***", "parts": [{"a": "***"}]}}),
+        ({"stop_tokens": [1, 2]}, {"stop_tokens": [1, 2]}),
+        ({"tokenizer": "x", "monkey": "y", "author": "z"}, {"tokenizer": "x", "monkey": "y", "author": "z"}),
+    ],
+)
+def test_what_is_secret_follows_from_its_name_and_from_those_above_it(given: Any, shown: Any) -> None:
+    assert Redactor(given).value(given) == shown
+
+
+def test_a_secret_is_hidden_in_every_form_in_which_it_is_written() -> None:
+    hide = Redactor({"password": 'a<"b\\c'})
+
+    for form in ('a<"b\\c', "a&lt;&quot;b\\c", 'a<\\"b\\\\c'):
+        assert hide.text(f"with {form} in it") == "with *** in it"
+
+
 def test_a_log_is_read_in_pieces_that_never_show_a_secret(tmp_path: Path) -> None:
     path = tmp_path / "log"
     lines = [f"line {n} with s3cret-value in it" for n in range(50)]

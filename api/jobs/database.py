@@ -124,7 +124,10 @@ class Database:
         self._lock = threading.RLock()
         self.changes = 0
         """Grows with every transaction: who saw it unchanged has missed nothing."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise UserError(f"{path} cannot be used ({error.strerror}): see to it, or name another --home") from None
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
         self._connection.row_factory = sqlite3.Row
         try:
@@ -137,6 +140,9 @@ class Database:
             elif found != FORMAT:
                 raise UserError(f"{path} has format {found}, this release reads {FORMAT}: use the matching release")
             self._connection.executescript(ADDED)
+            (health,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+            if health != "ok":
+                raise sqlite3.DatabaseError(health)
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise UserError(f"{path} cannot be read ({error}): restore it, or name another --home") from None

@@ -43,6 +43,8 @@ LOOK_EVERY: Final = 0.2
 """Seconds between two looks at a job's lock and at its wishes."""
 ASK_EVERY: Final = 0.5
 """Seconds between two questions how far a run is."""
+ANSWERS_WITHIN: Final = 5.0
+"""Seconds for which a run is waited for when it is asked something."""
 RETRY_EVERY: Final = 2.0
 """Seconds between two attempts at what cannot be done now, such as writing to a full disk."""
 LATE_EXIT: Final = 60.0
@@ -182,7 +184,7 @@ class Attendant:
         self._folder = folder
         self._scheduler = scheduler
         self._database = scheduler.database
-        self._control = ControlClient(folder.run)
+        self._control = ControlClient(folder.run, deadline=ANSWERS_WITHIN)
         self._asked = 0.0
         """When the run was last asked how far it is; monotonic."""
         self._cancel: Cancellation | None = None
