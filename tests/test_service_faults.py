@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asyncflow_api.files import Files
 from asyncflow_api.jobs.database import Database
 from asyncflow_api.jobs.folder import Exit, JobFolder, Started, began
 from asyncflow_api.jobs.lifecycle import State
@@ -20,8 +21,10 @@ from asyncflow_api.runs import RunView
 from asyncflow_api.settings import Settings
 
 from asyncflow.errors import ControlError
-from asyncflow.rundir import SOCKET
+from asyncflow.rundir import LEDGER, SOCKET
+from asyncflow.runtime.metrics import read_metrics
 from tests.processes import DEADLINE, wait_until
+from tests.run_service import service
 from tests.running_service import tiny
 
 NEW = NewJob(name="run", config=tiny(), labels={})
@@ -148,6 +151,36 @@ def began_of_a_child() -> int:
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def test_files_of_a_lost_database_stay_and_what_was_never_finished_goes(jobs: Jobs, settings: Settings) -> None:
+    files = Files(jobs)
+    kept = files.add("a.jsonl", b'{"prompt": "1 + 1 ="}')
+    files.delete(files.add("b.jsonl", b'{"prompt": "2 + 2 ="}').id)
+    (settings.files_dir / "file-0.part").mkdir()
+    jobs.close()
+    settings.database.unlink()
+
+    with closing(Jobs(settings)) as another:
+        Files(another).tidy()
+
+    assert [folder.name for folder in settings.files_dir.iterdir()] == [kept.id]
+
+
+@pytest.mark.parametrize("content", [b"", b"no ledger at all" * 1000])
+def test_a_ledger_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LEDGER).write_bytes(content)
+    with service(job=tmp_path) as http:
+        for path in ("queue", "samples", "samples/1"):
+            answer = http.get(f"/v1/jobs/job/{path}")
+            assert (answer.status_code, answer.json()["code"]) == (409, "run_unreadable")
+
+
+def test_lines_that_are_no_measurements_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'[]\n"kind"\n\xff\n{"kind": "step", "step": 1}\n{"kind": "st')
+
+    assert read_metrics(path, "step") == [{"kind": "step", "step": 1}]
 
 
 # -- two things in one moment ------------------------------------------------------------------------------------------
