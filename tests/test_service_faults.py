@@ -186,7 +186,7 @@ def test_lines_that_are_no_measurements_are_left_out(tmp_path: Path) -> None:
 # -- two things in one moment ------------------------------------------------------------------------------------------
 
 
-class Meanwhile(Database):
+class Meanwhile(Database):  # type: ignore[misc]
     """A database in which something else happens just before the next change."""
 
     meanwhile: Callable[[], object] | None = None
