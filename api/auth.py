@@ -221,8 +221,6 @@ class Authentication:
         cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         if not shown and not cookie:
             return None
-        if seconds := self._failures.wait(address(scope), take=False):
-            raise too_many(seconds)
         identity = None
         if len(shown) == 1:
             kind, _, token = shown[0].partition(" ")
@@ -232,7 +230,9 @@ class Authentication:
             if identity is None and _is_public(scope):
                 return None  # an old cookie does not keep anybody from logging in
         if identity is None:
-            self._failures.wait(address(scope))
+            # Only those with wrong ones wait: others may well come from the same address.
+            if seconds := self._failures.wait(address(scope)):
+                raise too_many(seconds)
             text = "this token is not known or has expired: take a valid one (the first is in the service's home)"
             raise Problem(401, "wrong_token", text, headers={"WWW-Authenticate": "Bearer"})
         return identity

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from asyncflow.errors import DataError
 
 CONTENT: Final = "content.jsonl"
 PROMPTS: Final = "prompts.jsonl"
+UNFINISHED: Final = ".part"
+"""Behind the name of a folder that is being made or removed."""
 MAX_LINES: Final = 100_000
 MAX_COLUMNS: Final = 64
 ROLES: Final[Mapping[str, str]] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -64,7 +67,7 @@ class Files:
 
     def _add(self, name: str, content: bytes) -> FileRow:
         file_id = f"file-{secrets.token_hex(12)}"
-        folder = self._folder(file_id)
+        folder = self._folder(file_id + UNFINISHED)
         folder.mkdir(mode=0o700, parents=True)
         try:
             (folder / CONTENT).write_bytes(content)
@@ -90,6 +93,7 @@ class Files:
                 columns=sorted(columns - {"prompt"}),
                 created_at=self._clock.wall(),
             )
+            folder = folder.rename(self._folder(file_id))
             return self._database.add_file(new)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +102,9 @@ class Files:
     def delete(self, file_id: str) -> None:
         """Raises NoSuchFile, and UserError for one that a job still reads."""
         self._database.delete_file(file_id)
-        shutil.rmtree(self._folder(file_id), ignore_errors=True)
+        with suppress(OSError):
+            gone = self._folder(file_id).rename(self._folder(file_id + UNFINISHED))
+            shutil.rmtree(gone, ignore_errors=True)
 
     def content(self, file_id: str) -> Path:
         """As it was sent. Raises NoSuchFile."""
@@ -117,12 +123,10 @@ class Files:
             raise Problem(400, "no_such_file", text, field=field) from None
 
     def tidy(self) -> None:
-        """Remove what is left of files that were deleted, or never came to be."""
-        known = {file.id for file in self._database.files()}
+        """Remove what is left of files that were deleted, or never came to be; not what another database knew."""
         if self._settings.files_dir.is_dir():
-            for folder in self._settings.files_dir.iterdir():
-                if folder.name not in known:
-                    shutil.rmtree(folder, ignore_errors=True)
+            for folder in self._settings.files_dir.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self, file_id: str) -> Path:
         folder: Path = self._settings.files_dir.resolve() / file_id

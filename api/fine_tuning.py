@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from asyncflow_api.jobs.rows import FileRow
-from asyncflow_api.jobs.service import overlaid
 from asyncflow_api.problems import Problem
 from asyncflow_api.schemas_openai import CreateFineTuningJob, Grader, Hyperparameters, NamedReward, StringCheck
 from pydantic import TypeAdapter, ValidationError
 
+from asyncflow.config import overlaid
 from asyncflow.errors import ConfigError
 from asyncflow.rewards.graders import Template
 

@@ -45,13 +45,13 @@ class Buckets:
         self._clock = clock
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait(self, caller: str, *, take: bool = True) -> float:
-        """Seconds until this caller may call again: 0 when it may now, and then it has, if `take`."""
+    def wait(self, caller: str) -> float:
+        """Seconds until this caller may call again: 0 when it may now, and then it has."""
         now = self._clock.monotonic()
         level, at = self._levels.pop(caller, (self._burst, now))
         level = min(self._burst, level + (now - at) * self._rate)
         allowed = level >= 1
-        self._levels[caller] = (level - 1 if allowed and take else level, now)
+        self._levels[caller] = (level - 1 if allowed else level, now)
         if len(self._levels) > REMEMBERED:
             self._levels.popitem(last=False)
         return 0.0 if allowed else (1 - level) / self._rate

@@ -40,7 +40,7 @@ def problem_of(error: AsyncFlowError) -> Problem | None:  # noqa: PLR0911 - a ta
         case ControlError():
             return Problem(409, "not_possible_now", str(error))
         case LedgerError():
-            return None
+            return Problem(409, "run_unreadable", str(error))
         case StoreError() | DataError():
             return Problem(422, "invalid_request", str(error))
     return None

@@ -7,6 +7,7 @@ its socket and its store. A run that does not go on answers all but the latter.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -40,7 +41,9 @@ PATIENCE: Final = 2.0
 WINDOW: Final = 60.0
 """Seconds over which it is said what holds a live run up."""
 FRESH: Final = 0.2
-"""Seconds for which a look at a live run is the same for everybody."""
+"""Seconds for which a look at a live run is the same for everybody; and for as long as the look took."""
+ANSWERS_WITHIN: Final = 3.0
+"""Seconds after which a run that says nothing does not go on, as far as those who ask here are concerned."""
 REMEMBERED: Final = 64
 """Runs whose ledgers are kept in memory."""
 EXTERNAL: Final = "external/"
@@ -71,12 +74,14 @@ class RunView:
     def __init__(self, run_dir: Path) -> None:
         """Reads nothing yet."""
         self.run_dir = run_dir
-        self.control = ControlClient(run_dir)
+        self.control = ControlClient(run_dir, deadline=ANSWERS_WITHIN)
         self.measured = Measured(run_dir)
         self.samples = Samples(run_dir, self._follower_of(run_dir), store=self._store_if_there)
         self._lock = threading.Lock()
         self._connected: tuple[str, Store] | None = None
-        self._status: tuple[float, Mapping[str, Any] | None] = -FRESH, None
+        self._asking = threading.Lock()
+        self._status: tuple[float, Mapping[str, Any] | None] = -math.inf, None
+        """Until when it holds, and what it is."""
 
     def _follower_of(self, run_dir: Path) -> Follower:
         self.follower = Follower(run_dir)
@@ -93,13 +98,15 @@ class RunView:
 
     def status(self) -> Mapping[str, Any] | None:
         """What the run says of itself; None when it does not go on."""
-        now = time.monotonic()
-        if now - self._status[0] >= FRESH:
-            found: Mapping[str, Any] | None = None
-            with suppress(ControlError):
-                found = self.control.status()
-            self._status = now, found
-        return self._status[1]
+        with self._asking:  # one asks for all: a run that hangs must not hold a thread of each of them
+            began = time.monotonic()
+            if began >= self._status[0]:
+                found: Mapping[str, Any] | None = None
+                with suppress(ControlError):
+                    found = self.control.status()
+                now = time.monotonic()
+                self._status = now + max(FRESH, now - began), found
+            return self._status[1]
 
     @property
     def live(self) -> bool:
@@ -142,19 +149,20 @@ class RunView:
     def workers(self) -> Sequence[Mapping[str, Any]]:
         """None of a run that does not go on."""
         with suppress(ControlError):
-            return self.control.workers()
+            return self.control.workers() if self.live else ()
         return ()
 
     def engines(self) -> Sequence[Mapping[str, Any]]:
         """None of a run that does not go on."""
         with suppress(ControlError):
-            return self.control.engines()
+            return self.control.engines() if self.live else ()
         return ()
 
     def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
         """What every worker did in the last so many seconds of the run."""
-        with suppress(ControlError):
-            return self.control.timeline(seconds)
+        if self.live:
+            with suppress(ControlError):
+                return self.control.timeline(seconds)
         last: deque[Span] = deque(maxlen=MOST_SPANS)
         end = 0.0
         for span in read_trace(self.run_dir / TRACE):

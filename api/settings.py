@@ -25,6 +25,9 @@ class Settings:
     allow_paths: tuple[Path, ...] = ()
     """Folders, with everything below them, that a configuration may name."""
 
+    allow_options: tuple[str, ...] = ()
+    """Settings of vLLM that a configuration may choose, beside those that everybody may (`jobs.policy`)."""
+
     validation_timeout: float = 120.0
     """Seconds that making a plan may take."""
     stop_grace: float = 120.0

@@ -356,6 +356,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(read_values(path), overrides)
 
 
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` where both have one."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The values of a YAML file (None: of an empty one) after overrides, unchecked: for who runs them elsewhere. Raises
     ConfigError."""

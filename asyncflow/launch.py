@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asyncflow.config import Config, load_config, parse_config
+from asyncflow.config import Config, load_config, overlaid, parse_config
 from asyncflow.engines.base import LearnerEngine, RolloutEngine, ScorerEngine
 from asyncflow.errors import CheckpointError, ConfigError, RunFailed
 from asyncflow.placement import without_lost_cores
@@ -120,20 +120,29 @@ def resume(
     they had consumed. `overrides` may change the settings in `RESUMABLE` (`steps=80` makes a finished run longer).
     Raises as `run` does, and CheckpointError; a refusal leaves the run as it was.
     """
-    made = {"rollout": rollout, "learner": learner, "reference": reference, "reward": reward}
+    made: dict[str, Any] = {"rollout": rollout, "learner": learner, "reference": reference, "reward": reward}
     ready, at = prepare_resume(run_dir, overrides=overrides, step=step, **made)
     return _raise_if_failed(launch(ready, going_on=at, listeners=(_log_alarm,)))
 
 
 def prepare_resume(
-    run_dir: str | Path, *, overrides: Sequence[str] = (), step: int | None = None, **made: Any
+    run_dir: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    **made: Any,
 ) -> tuple[Plan, GoingOn]:
-    """The plan of a run that goes on, and where it does. Changes nothing; raises what `resume` refuses."""
+    """The plan of a run that goes on, and where it does. `changes` are nested values, `overrides` those of `resume`.
+
+    Changes nothing; raises what `resume` refuses.
+    """
     run_dir = Path(run_dir)
     values = _recorded_config(run_dir)
     account = audit(run_dir)
     # It may have been set while the run went on.
-    config = _resumed_config(run_dir, values | {"max_staleness": account.terms.max_staleness}, overrides)
+    values |= {"max_staleness": account.terms.max_staleness}
+    config = _resumed_config(run_dir, values, overlaid(values, changes or {}), overrides)
     with held(run_dir):
         at = _choose_checkpoint(run_dir, account, step)
         if at.step >= config.steps:
@@ -162,9 +171,11 @@ def _recorded_config(run_dir: Path) -> dict[str, Any]:
     return values
 
 
-def _resumed_config(run_dir: Path, values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
-    """What the run was, with changes that are allowed. Raises ConfigError."""
-    before = parse_config(values)
+def _resumed_config(
+    run_dir: Path, was: Mapping[str, Any], values: Mapping[str, Any], overrides: Sequence[str]
+) -> Config:
+    """`values` with `overrides`, where only what is allowed differs from what the run `was`. Raises ConfigError."""
+    before = parse_config(was)
     after = parse_config(values, overrides).model_copy(update={"run_dir": run_dir})
     old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
     for key in sorted(_different(old, new)):

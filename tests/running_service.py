@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from asyncflow_api.jobs.folder import Started
 
 from tests.conftest import TINY
 from tests.processes import DEADLINE, wait_until
@@ -95,7 +96,7 @@ class RunningService:
             for line in file.read_text().splitlines():
                 started = json.loads(line)
                 with suppress(psutil.Error, ProcessLookupError):
-                    if abs(psutil.Process(started["pid"]).create_time() - started["create_time"]) < 1:
+                    if Started(**started).process() is not None:
                         os.killpg(started["pid"], signal.SIGKILL)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------

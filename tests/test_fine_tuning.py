@@ -455,7 +455,7 @@ def test_there_is_room_for_so_many_files_and_so_many_bytes(tmp_path: Path) -> No
                 files.add("b", GOOD)
             files.delete(kept.id)
             assert files.add("c", GOOD).seq == 2
-            (settings.files_dir / "file-left-behind").mkdir()
+            (settings.files_dir / "file-left-behind.part").mkdir()
             files.tidy()
             assert len(list(settings.files_dir.iterdir())) == 1
         finally:

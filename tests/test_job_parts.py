@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from asyncflow_api.jobs.database import Changed, Database, KeyReused, NoSuchJob
@@ -16,7 +18,7 @@ from asyncflow_api.jobs.events import Cursor, merge
 from asyncflow_api.jobs.folder import Exit, JobFolder
 from asyncflow_api.jobs.lifecycle import ENDED, LIVE, TRANSITIONS, IllegalMove, State, check
 from asyncflow_api.jobs.log import LogReader
-from asyncflow_api.jobs.policy import refusals
+from asyncflow_api.jobs.policy import RULES, VLLM_OPTIONS, refusals
 from asyncflow_api.jobs.redaction import Redactor
 from asyncflow_api.jobs.rows import NewJob, Once
 from asyncflow_api.jobs.service import Jobs
@@ -25,9 +27,10 @@ from asyncflow_api.jobs.validator import field_of
 from asyncflow_api.settings import Settings
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from asyncflow.clock import ManualClock
-from asyncflow.config import parse_config
+from asyncflow.config import Config, parse_config
 from asyncflow.errors import UserError
 from tests.conftest import ROOT
 from tests.processes import wait_until
@@ -355,10 +358,21 @@ def test_a_home_has_one_service(settings: Settings) -> None:
         ({"data": {"train": "reasoning_gym:chain_sum", "eval": "file:///etc/passwd", "eval_size": 2}}, "data.eval"),
         ({"data": {"train": "reasoning_gym:chain_sum", "template": "{a.__class__}"}}, "data.template"),
         ({"data": {"train": "reasoning_gym:chain_sum", "template": "{a:>999999999}"}}, "data.template"),
-        ({"rollout": {"options": {"worker_cls": "Evil"}}}, "rollout.options.worker_cls"),
-        ({"rollout": {"options": {"trust_remote_code": True}}}, "rollout.options.trust_remote_code"),
-        ({"rollout": {"options": {"a": [{"b": "http://10.0.0.1/"}]}}}, "rollout.options.a.0.b"),
-        ({"rollout": {"options": {"download_dir": "/root"}}}, "rollout.options.download_dir"),
+        ({"rollout": {"engine": "fake", "options": {"worker_cls": "Evil"}}}, "rollout.options.worker_cls"),
+        (
+            {"rollout": {"engine": "fake", "options": {"logits_processors": ["my.module:Class"]}}},
+            "rollout.options.logits_processors.0",
+        ),
+        ({"rollout": {"engine": "vllm", "options": {"worker_cls": "Evil"}}}, "rollout.options.worker_cls"),
+        (
+            {"rollout": {"engine": "vllm", "options": {"kv_events_config": {"port": 1}}}},
+            "rollout.options.kv_events_config",
+        ),
+        ({"rollout": {"engine": "vllm", "options": {"master_addr": "elsewhere"}}}, "rollout.options.master_addr"),
+        ({"rollout": {"engine": "vllm", "options": {"model": "tiny"}}}, "rollout.options.model"),
+        ({"rollout": {"engine": "fake", "options": {"trust_remote_code": True}}}, "rollout.options.trust_remote_code"),
+        ({"rollout": {"engine": "fake", "options": {"a": [{"b": "http://10.0.0.1/"}]}}}, "rollout.options.a.0.b"),
+        ({"rollout": {"engine": "fake", "options": {"download_dir": "/root"}}}, "rollout.options.download_dir"),
         ({"learner": {"options": {"hook": "os.system"}}}, "learner.options.hook"),
         ({"run_dir": "/tmp/x"}, "run_dir"),
     ],
@@ -380,16 +394,80 @@ def test_what_the_allow_lists_do_not_cover_is_refused_by_name(
 
 def test_what_they_cover_is_let_through(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("")
-    settings = Settings(home=tmp_path, allow_imports=("allowed", "pkg.mod"), allow_paths=(tmp_path,))
+    settings = Settings(
+        home=tmp_path, allow_imports=("allowed", "pkg.mod"), allow_paths=(tmp_path,), allow_options=("lora_dtype",)
+    )
     config = tiny(
         model=str(tmp_path),
         reward=["allowed:f", "pkg.mod.sub:g", "digit_share"],
         data={"train": str(tmp_path / "x.jsonl"), "template": "What is {question}?"},
-        rollout={"options": {"dtype": "auto", "tensor_parallel_size": 2, "enforce_eager": True}},
+        rollout={"engine": "vllm", "options": {"dtype": "auto", "enforce_eager": True, "lora_dtype": "float16"}},
     )
 
     assert refusals(parse_config(config), settings) == []
     assert refusals(parse_config(tiny(model="Qwen/Qwen2.5-0.5B")), settings) == []
+
+
+def test_what_looks_like_a_file_in_an_allowed_folder_is_no_way_to_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(home=tmp_path, allow_paths=(tmp_path,))
+
+    found = refusals(
+        parse_config(tiny(rollout={"engine": "fake", "options": {"hook": "evil.module:Class", "file": "a.txt"}})),
+        settings,
+    )
+
+    assert [one.field for one in found] == ["rollout.options.hook"]
+
+
+def free_texts(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Settings that can be text which no list of words or numbers bounds."""
+    for name, setting in section.model_fields.items():
+        parts = list(parts_of(setting.annotation))
+        inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        for one in inner:
+            yield from free_texts(one, f"{prefix}{name}.")
+        if not inner and any(part not in BOUNDED for part in parts):
+            yield f"{prefix}{name}"
+
+
+BOUNDED = (int, float, bool, type(None), ...)
+
+
+def parts_of(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        return
+    if get_args(annotation):
+        for part in get_args(annotation):
+            yield from parts_of(part)
+    else:
+        yield annotation
+
+
+def test_every_setting_that_can_hold_any_text_has_a_rule() -> None:
+    assert set(free_texts()) == RULES.keys(), "say in api/jobs/policy.py what it may name"
+
+
+def test_settings_of_vllm_that_anybody_may_choose_are_words_and_numbers() -> None:
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    source = (Path(spec.origin).parent / "engine" / "arg_utils.py").read_text()
+    arguments = next(
+        one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "EngineArgs"
+    )
+    there = {ast.unparse(one.target) for one in arguments.body if isinstance(one, ast.AnnAssign)}
+
+    assert there >= VLLM_OPTIONS
+    assert not [
+        name
+        for name in VLLM_OPTIONS
+        if re.search(
+            r"path|dir|file|addr|(^|_)ip|port|url|hf_token|plugin|cls|class|(^|_)code|config|model$|weights", name
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -424,6 +502,28 @@ def test_secrets_are_hidden_and_nothing_else_is() -> None:
     }
     assert hide.text("engine got s3cret-value, hunter22, hf_abcdef") == "engine got ***, ***, ***"
     assert Redactor({}).text("nothing to hide") == "nothing to hide"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"accessToken": "abcdef"}, {"accessToken": "***"}),
+        ({"AWSSecret": "abcdef"}, {"AWSSecret": "***"}),
+        ({"keys": ["ab", "abcdef"]}, {"keys": ["***", "***"]}),
+        ({"auth": {"user": "me", "parts": [{"a": "b"}]}}, {"auth": {"user": "***", "parts": [{"a": "***"}]}}),
+        ({"stop_tokens": [1, 2]}, {"stop_tokens": [1, 2]}),
+        ({"tokenizer": "x", "monkey": "y", "author": "z"}, {"tokenizer": "x", "monkey": "y", "author": "z"}),
+    ],
+)
+def test_what_is_secret_follows_from_its_name_and_from_those_above_it(given: Any, shown: Any) -> None:
+    assert Redactor(given).value(given) == shown
+
+
+def test_a_secret_is_hidden_in_every_form_in_which_it_is_written() -> None:
+    hide = Redactor({"password": 'a<"b\\c'})
+
+    for form in ('a<"b\\c', "a&lt;&quot;b\\c", 'a<\\"b\\\\c'):
+        assert hide.text(f"with {form} in it") == "with *** in it"
 
 
 def test_a_log_is_read_in_pieces_that_never_show_a_secret(tmp_path: Path) -> None:

@@ -390,6 +390,17 @@ def test_cores_of_another_machine_are_derived_again(stopped: Path) -> None:
     assert set(ready.config.rollout.cores or ()) | set(ready.config.learner.cores or ()) <= available
 
 
+def test_the_name_of_an_option_stays_a_name_when_a_run_goes_on(stopped: Path) -> None:
+    """What is changed was checked as it is: it must not become something else on the way."""
+    options = {"seed": 1, "token_latency=5 #": 1, "token_latency.more": {}, "a: b": "\U0001f600"}
+
+    ready, _ = prepare_resume(stopped, changes={"steps": 6, "rollout": {"options": options}})
+
+    assert ready.config.steps == 6
+    assert options.items() <= ready.config.rollout.options.items()
+    assert "token_latency" not in ready.config.rollout.options
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 

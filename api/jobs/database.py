@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from asyncflow_api.jobs.lifecycle import ENDED, State, check
 from asyncflow_api.jobs.rows import EventRow, FileRow, JobRow, Level, NewJob, Once, Reason
@@ -124,7 +124,10 @@ class Database:
         self._lock = threading.RLock()
         self.changes = 0
         """Grows with every transaction: who saw it unchanged has missed nothing."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            raise UserError(f"{path} cannot be used ({error.strerror}): see to it, or name another --home") from None
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
         self._connection.row_factory = sqlite3.Row
         try:
@@ -137,6 +140,9 @@ class Database:
             elif found != FORMAT:
                 raise UserError(f"{path} has format {found}, this release reads {FORMAT}: use the matching release")
             self._connection.executescript(ADDED)
+            (health,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+            if health != "ok":
+                raise sqlite3.DatabaseError(health)
         except sqlite3.DatabaseError as error:
             self._connection.close()
             raise UserError(f"{path} cannot be read ({error}): restore it, or name another --home") from None
@@ -209,6 +215,12 @@ class Database:
         if not rows:
             raise NoSuchJob(f"there is no job {job_id}")
         return _job(rows[0])
+
+    def fate(self, job_id: str) -> Literal["there", "deleted"] | None:
+        """What became of a job of this id; None where there never was one."""
+        if self.read("SELECT 1 FROM jobs WHERE id=?", job_id):
+            return "there"
+        return "deleted" if self.read("SELECT 1 FROM events WHERE job_id=? AND type='deleted'", job_id) else None
 
     def jobs(
         self,

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import psutil
 
@@ -64,17 +64,18 @@ class Started:
     """A process that began to run a job."""
 
     pid: int
-    create_time: float
-    """Tells it from a later process with the same number."""
+    began: int
+    """Clock ticks from the start of the machine to its own. Unlike a time it stays what it is when somebody sets the
+    clock, and tells it from a later process with the same number."""
     at: float
 
     def process(self) -> psutil.Process | None:
         """The process, if it lives."""
         try:
             found = psutil.Process(self.pid)
-            same = abs(found.create_time() - self.create_time) < 1.0
+            same = began(self.pid) == self.began
             return found if same and found.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return None
 
 
@@ -125,29 +126,42 @@ class JobFolder:
 
     def add_start(self) -> None:
         """Say, on disk, that this process runs the job from now on."""
-        line = Started(pid=os.getpid(), create_time=psutil.Process().create_time(), at=time.time())
+        line = Started(pid=os.getpid(), began=began(os.getpid()), at=time.time())
         with (self.path / STARTED).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def starts(self) -> list[Started]:
-        """Every process that began to run the job: one, or none."""
-        try:
-            lines = (self.path / STARTED).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [Started(**json.loads(line)) for line in lines]
+        """Every process that began to run the job: one, or none. One whose line is torn (a full disk) never began."""
+        found = []
+        with suppress(FileNotFoundError):
+            for line in (self.path / STARTED).read_bytes().splitlines():
+                with suppress(ValueError, TypeError):
+                    found.append(Started(**json.loads(line)))
+        return found
 
     def end(self, how: Exit) -> None:
         write_json(self.path / EXIT, asdict(how))
 
     def exit(self) -> Exit | None:
         """How it ended; None as long as it has not, or when it was killed."""
+        path = self.path / EXIT
         try:
-            return Exit(**json.loads((self.path / EXIT).read_text(encoding="utf-8")))
+            how = Exit(**json.loads(path.read_bytes()))
+            if how.outcome in get_args(Outcome):
+                return how
         except FileNotFoundError:
             return None
+        except (ValueError, TypeError):
+            pass
+        return Exit(outcome="failed", code="internal_error", message=f"nobody can tell how it ended: {path} is damaged")
+
+
+def began(pid: int) -> int:
+    """When a process began, in clock ticks since the machine did (`starttime` of proc_pid_stat(5)). Raises OSError."""
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
 
 
 def write_json(path: Path, value: object) -> None:

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 
 import psutil
-from asyncflow_api.jobs.folder import JobFolder, Started
+from asyncflow_api.jobs.folder import JobFolder, Started, began
 
 FIRST_FREE = 10
 """Descriptors below are the child's own."""
@@ -75,7 +75,6 @@ def kill(started: Started) -> None:
 
 def _number_was_reused(started: Started) -> bool:
     try:
-        now: float = psutil.Process(started.pid).create_time()
-        return not bool(abs(now - started.create_time) < 1.0)
-    except psutil.Error:
+        return bool(began(started.pid) != started.began)
+    except OSError:
         return False

@@ -5,12 +5,11 @@ It lives on when the service dies, and leaves behind what a service that starts 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def carry_out(folder: JobFolder) -> Exit:
 
     order = folder.order()
     if order.resume:
-        ready, at = prepare_resume(folder.run, overrides=list(overrides(order.config)))
+        ready, at = prepare_resume(folder.run, changes=order.config)
     else:
         ready, at = plan(resolve({**order.config, "run_dir": str(folder.run)})), None
     how = _said(asdict(launch(ready, going_on=at).summary))
@@ -69,15 +68,6 @@ def _said(summary: Mapping[str, Any] | None) -> Exit | None:
         case {"outcome": "failed", "reason": reason}:
             return Exit(outcome="failed", code="run_failed", message=reason or "the run failed")
     return None
-
-
-def overrides(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Nested values in the form of `--set`."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from overrides(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}={json.dumps(value)}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from asyncflow_api.jobs import process
 from asyncflow_api.jobs.database import Database, NoSuchJob
-from asyncflow_api.jobs.folder import Exit, JobFolder, Order
+from asyncflow_api.jobs.folder import Exit, JobFolder, Order, Started
 from asyncflow_api.jobs.lifecycle import LIVE, IllegalMove, State
 from asyncflow_api.jobs.predecessor import inherit
 from asyncflow_api.jobs.rows import JobRow, Reason
@@ -43,6 +43,10 @@ LOOK_EVERY: Final = 0.2
 """Seconds between two looks at a job's lock and at its wishes."""
 ASK_EVERY: Final = 0.5
 """Seconds between two questions how far a run is."""
+ANSWERS_WITHIN: Final = 5.0
+"""Seconds for which a run is waited for when it is asked something."""
+RETRY_EVERY: Final = 2.0
+"""Seconds between two attempts at what cannot be done now, such as writing to a full disk."""
 LATE_EXIT: Final = 60.0
 """Seconds that a process may go on after it has said how it ended."""
 VALIDATORS: Final = 1
@@ -132,13 +136,17 @@ class Scheduler:
         self.wake()
 
     def _run(self) -> None:
+        pause: float | None = None
         while not self.closed.is_set():
-            self._wake.wait()
+            self._wake.wait(pause)
             self._wake.clear()
             try:
                 self._fill_slots()
+                pause = None
             except Exception:
-                logger.exception("no job could be started")
+                if pause is None:
+                    logger.exception("no job could be started: it is tried again every %g s", RETRY_EVERY)
+                pause = RETRY_EVERY
 
     def _fill_slots(self) -> None:
         self._attendants = {id_: one for id_, one in self._attendants.items() if not one.done}
@@ -176,12 +184,14 @@ class Attendant:
         self._folder = folder
         self._scheduler = scheduler
         self._database = scheduler.database
-        self._control = ControlClient(folder.run)
+        self._control = ControlClient(folder.run, deadline=ANSWERS_WITHIN)
         self._asked = 0.0
         """When the run was last asked how far it is; monotonic."""
         self._cancel: Cancellation | None = None
         self._exit_seen: float | None = None
         self._pid: int | None = None
+        self._starts: list[Started] = []
+        """What its folder said last of its processes."""
         self.progress: Mapping[str, Any] | None = None
         self.done = False
         """The job holds no slot any more."""
@@ -189,17 +199,23 @@ class Attendant:
         self.thread = threading.Thread(target=self._run, name=job.id, daemon=True)
 
     def _run(self) -> None:
-        try:
-            while not self._scheduler.closed.is_set():
+        pause = LOOK_EVERY
+        while not self._scheduler.closed.is_set():
+            try:
                 if self._look():
                     break
-                self.wake.wait(LOOK_EVERY)
-                self.wake.clear()
-        except Exception:
-            logger.exception("nobody looks after %s any more: restart the service", self._job.id)
-        finally:
-            self.done = True
-            self._scheduler.wake()
+                pause = LOOK_EVERY
+            except NoSuchJob:
+                break
+            except Exception:
+                # It keeps its slot: whoever cannot be looked after may well go on, and is not started a second time.
+                if pause == LOOK_EVERY:
+                    logger.exception("%s cannot be looked after: tried again every %g s", self._job.id, RETRY_EVERY)
+                pause = RETRY_EVERY
+            self.wake.wait(pause)
+            self.wake.clear()
+        self.done = True
+        self._scheduler.wake()
 
     def _look(self) -> bool:
         """One look at the job; True when it has ended."""
@@ -221,6 +237,8 @@ class Attendant:
         """True when the job is over; otherwise its process was started."""
         starts = self._folder.starts()
         how = self._folder.exit()
+        if self._job.ended:
+            return True
         if how is None and not starts:
             if self._job.state is State.cancelling:
                 self._end(State.cancelled, Reason(code="cancelled", message="it was cancelled before it had begun"))
@@ -239,13 +257,17 @@ class Attendant:
     def _begin(self, lock: int) -> bool:
         """Start the process; True when that is impossible, and the job has failed of it."""
         job = self._job
+        if job.state is not State.starting or self._starts:
+            # It has begun: what is not known is only how it ended. It is not started a second time.
+            self._kill_all()
+            text = f"its folder {self._folder.path} was removed: submit the job again"
+            self._end(State.failed, Reason(code="killed", message=text))
+            return True
         if self._pid is not None:  # it died before its first line
             log = _last_line(self._folder)
             text = f"its process ended before it began{': ' + log if log else ''}"
             self._end(State.failed, Reason(code="not_started", message=text))
             return True
-        if job.state is not State.starting:
-            logger.error("%s was %s and has no trace of a process: it starts now", job.id, job.state)
         try:
             config = dict(job.config)
             if job.max_staleness is not None:
@@ -315,13 +337,13 @@ class Attendant:
 
     def _kill_orphans(self) -> None:
         """The lock is held, and the process that had it first is gone: somebody whom it started is left."""
-        starts = self._folder.starts()
+        starts = self._starts = self._folder.starts() or self._starts
         if starts and starts[-1].process() is None and self._folder.exit() is None and self._folder.held():
             logger.warning("%s: its process was killed and left others behind, which are ended", self._job.id)
             self._kill_all()
 
     def _kill_all(self) -> None:
-        for started in self._folder.starts():
+        for started in self._folder.starts() or self._starts:
             process.kill(started)
 
 

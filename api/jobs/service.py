@@ -7,6 +7,7 @@ plan; both have deadlines.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import subprocess
@@ -31,16 +32,20 @@ from asyncflow_api.jobs.validator import FieldError, Validation, validate
 from asyncflow_api.settings import Settings
 
 from asyncflow.clock import Clock, SystemClock
-from asyncflow.config import parse_config
+from asyncflow.config import overlaid, parse_config
 from asyncflow.errors import AsyncFlowError, ConfigError, ControlError, UserError
 from asyncflow.rundir import LEDGER, METRICS, REPORT
 from asyncflow.runtime.control import ControlClient
 
+BOUND_TIMEOUT: Final = 5.0
+"""Seconds in which a run has to take another bound."""
 REPORT_TIMEOUT: Final = 120.0
 """Seconds in which the report of a run that was killed has to be written."""
 PLANS_AT_ONCE: Final = 2
 MOST_ENTRIES: Final = 1000
 """Of a configuration."""
+logger = logging.getLogger(__name__)
+
 REMEMBERED: Final = 256
 """Jobs of which it is remembered where the lines of their metrics are."""
 
@@ -93,15 +98,19 @@ class Jobs:
         self._scheduler = Scheduler(self.database, settings, self.folder)
         self._tails: OrderedDict[str, Tail] = OrderedDict()
         self._tails_lock = threading.Lock()
+        self._bounds = threading.Lock()
+        self._reports = threading.Lock()
         self._plans = threading.BoundedSemaphore(PLANS_AT_ONCE)
         self._closed = False
 
     def start(self) -> None:
         """Find the jobs that go on, and start what is queued."""
-        known = {job.id for job in self.database.jobs()}
         for folder in self.settings.jobs_dir.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder, ignore_errors=True)  # of a job that was deleted
+            match self.database.fate(folder.name):
+                case "deleted":
+                    shutil.rmtree(folder, ignore_errors=True)
+                case None:  # somebody has put an older database in place of the one that knew it
+                    logger.warning("%s is of no job that %s knows: left alone", folder, self.settings.database)
         self._scheduler.start()
 
     def close(self) -> None:
@@ -185,9 +194,9 @@ class Jobs:
 
     def wish(self, job_id: str, what: str) -> JobRow:
         """`pause`, `resume` or `cancel`, which are done in the background. Raises IllegalMove, NoSuchJob."""
-        to, message, fulfilled = WISHES[what]
+        aim, message, fulfilled = WISHES[what]
         while (job := self.database.get(job_id)).state not in fulfilled:
-            reason = None
+            to, reason = aim, None
             if what == "cancel" and job.state in (State.validating, State.queued):
                 to, reason = State.cancelled, Reason(code="cancelled", message="it was cancelled before it had begun")
             try:
@@ -203,17 +212,35 @@ class Jobs:
 
         Raises NoSuchJob, Changed, and ControlError for what the run refuses, or one that has ended.
         """
-        job = self.database.get(job_id)
+        text = ", ".join(f"{key} is now {value}" for key, value in values.items()) or "nothing changed"
         bound = values.get("max_staleness")
-        if bound is not None:
+        if bound is None:
+            job = self.database.change(job_id, values, revision=revision, message=text)
+        else:
+            # Two at once would leave the run with one bound, and the job with the other.
+            if not self._bounds.acquire(timeout=BOUND_TIMEOUT):
+                raise Busy("another bound is being changed, of a run that does not answer: try again", seconds=5)
+            try:
+                job = self._change_bound(job_id, bound, values, revision, text)
+            finally:
+                self._bounds.release()
+        self._scheduler.wake()
+        return job
+
+    def _change_bound(
+        self, job_id: str, bound: int, values: Mapping[str, Any], revision: int | None, text: str
+    ) -> JobRow:
+        while True:
+            job = self.database.get(job_id)
             if job.state in ENDED or job.state is State.cancelling:
                 raise ControlError(f"the job is {job.state}: max_staleness can be changed until it ends")
             if revision in (None, job.revision) and job.state not in (State.validating, State.queued):
-                ControlClient(self.folder(job_id).run).set_max_staleness(bound)
-        text = ", ".join(f"{key} is now {value}" for key, value in values.items()) or "nothing changed"
-        job = self.database.change(job_id, values, revision=revision, message=text)
-        self._scheduler.wake()
-        return job
+                ControlClient(self.folder(job_id).run, deadline=BOUND_TIMEOUT).set_max_staleness(bound)
+            try:
+                return self.database.change(job_id, values, revision=revision or job.revision, message=text)
+            except Changed:
+                if revision is not None:
+                    raise  # else it may have got its slot in this moment, with the bound that it had
 
     def delete(self, job_id: str, *, revision: int | None) -> None:
         """Forget a job that has ended, and remove its folder. Raises NoSuchJob, Changed, UserError."""
@@ -241,10 +268,17 @@ class Jobs:
         """The report of a job that has ended; None where it left nothing to report. Raises NoSuchJob."""
         job = self.database.get(job_id)
         path = self.folder(job_id).run / REPORT
-        if not path.is_file() and job.ended and path.parent.is_dir():
+        if not path.is_file() and job.ended and (path.parent / LEDGER).is_file():
             # It was killed: its report is made now, by somebody else, as that takes memory.
-            command = [sys.executable, "-m", "asyncflow.cli", "report", str(path.parent)]
-            subprocess.run(command, capture_output=True, timeout=REPORT_TIMEOUT, check=False)
+            if not self._reports.acquire(blocking=False):
+                raise Busy("the report of a run that was killed is being made: try again in some seconds", seconds=5)
+            try:
+                command = [sys.executable, "-m", "asyncflow.cli", "report", str(path.parent)]
+                subprocess.run(command, capture_output=True, timeout=REPORT_TIMEOUT, check=False)
+            except subprocess.TimeoutExpired:
+                raise Busy(f"the report was not made within {REPORT_TIMEOUT:g} s: try later", seconds=600) from None
+            finally:
+                self._reports.release()
         return path if path.is_file() else None
 
     def _tail(self, job_id: str) -> Tail:
@@ -264,12 +298,3 @@ def _entries(value: object) -> int:
         case list() | tuple():
             return len(value) + sum(map(_entries, value))
     return 0
-
-
-def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values, those of `above` where both have one."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -100,15 +100,13 @@ def main(seconds: str) -> None:
 
 def examine(order: Order, run_dir: str | None) -> dict[str, Any]:
     """The answer of the child: `errors`, `resolved`, `plan`."""
-    from asyncflow_api.jobs.runner import overrides
-
     from asyncflow.errors import AsyncFlowError
     from asyncflow.launch import prepare_resume, resolve
     from asyncflow.plan import describe, plan
 
     try:
         if order.resume and run_dir is not None:
-            ready, _ = prepare_resume(run_dir, overrides=list(overrides(order.config)))
+            ready, _ = prepare_resume(run_dir, changes=order.config)
         else:
             ready = plan(resolve(order.config))
     except AsyncFlowError as error:

@@ -188,7 +188,11 @@ def report(job_id: str, jobs: TheJobs, _: Reads) -> Response:
     path = jobs.report(job_id)
     if path is None:
         raise Problem(404, "no_report", "there is no report: it is written when the run ends, if it had begun")
-    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
+    headers = {"Content-Security-Policy": REPORT_POLICY}
+    hide = jobs.redactor(jobs.get(job_id))
+    if hide.longest:  # it shows the configuration
+        return Response(hide.text(path.read_text(encoding="utf-8")), media_type="text/html", headers=headers)
+    return FileResponse(path, media_type="text/html", headers=headers)
 
 
 def wants_stream(request: Request) -> bool:

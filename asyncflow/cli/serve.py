@@ -32,6 +32,10 @@ def serve(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Folder from which configurations may name files; may be repeated."),
     ] = None,
+    allow_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Further setting of vLLM that configurations may choose; may be repeated."),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
     insecure_listen: Annotated[
@@ -60,6 +64,7 @@ def serve(
         slots=slots,
         allow_imports=tuple(allow_import or ()),
         allow_paths=tuple(path.resolve() for path in allow_path or ()),
+        allow_options=tuple(allow_option or ()),
     )
     if not (settings.loopback or settings.tls or insecure_listen):
         listener.close()

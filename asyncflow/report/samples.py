@@ -341,10 +341,10 @@ class Samples:
     @cached_property
     def _config(self) -> Mapping[str, Any]:
         try:
-            config: dict[str, Any] = json.loads((self._run_dir / CONFIG).read_text(encoding="utf-8"))
+            config = json.loads((self._run_dir / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return config
+        return config if isinstance(config, dict) else {}
 
     @cached_property
     def _tokenizer(self) -> Any:

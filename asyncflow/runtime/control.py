@@ -102,6 +102,13 @@ CALLS = (
 """What can be asked for over the socket: the methods of `RunControl`."""
 
 
+class Server(socketserver.ThreadingUnixStreamServer):
+    """Who asks while others are waiting waits as well, and is not refused."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 class ControlServer:
     """Answers for a run at the socket in its directory."""
 
@@ -120,9 +127,8 @@ class ControlServer:
         self._path = run_dir / SOCKET
         self._path.unlink(missing_ok=True)
         with reachable(run_dir, SOCKET) as address:
-            self._server = socketserver.ThreadingUnixStreamServer(address, Handler)
+            self._server = Server(address, Handler)
         self._path.chmod(0o600)
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="control", daemon=True)
         self._thread.start()
 
@@ -137,8 +143,10 @@ class ControlServer:
 class ControlClient:
     """A `RunControl` for the run in a directory, which another process makes."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, deadline: float = DEADLINE) -> None:
+        """`deadline`: seconds that it waits for the run; for completions as much longer as they may take."""
         self._run_dir = run_dir
+        self._deadline = deadline
 
     def status(self) -> Mapping[str, Any]:
         status: Mapping[str, Any] = self._call("status")
@@ -179,7 +187,7 @@ class ControlClient:
         return shares
 
     def tokenise(self, prompts: Sequence[str | Sequence[dict[str, str]]]) -> Sequence[Sequence[int]]:
-        tokens: list[list[int]] = self._call("tokenise", prompts=prompts)
+        tokens: list[list[int]] = self._call("tokenise", wait=DEADLINE, prompts=prompts)
         return tokens
 
     def complete(
@@ -203,7 +211,7 @@ class ControlClient:
             raise ControlError(f"there is no directory {self._run_dir}: name a run directory")
         try:
             with socket.socket(socket.AF_UNIX) as connection, reachable(self._run_dir, SOCKET) as address:
-                connection.settimeout(DEADLINE + wait)
+                connection.settimeout(self._deadline + wait)
                 connection.connect(address)
                 connection.sendall(json.dumps({"call": name, "arguments": arguments}).encode() + b"\n")
                 with connection.makefile("rb") as stream:

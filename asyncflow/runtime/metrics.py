@@ -56,10 +56,12 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     """
     lines: list[dict[str, Any]] = []
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:
+                continue
+            if not isinstance(line, dict):
                 continue
             if line.get("kind") == "resumed":
                 lines = [kept for kept in lines if kept.get("step", 0) <= line["step"]]
