@@ -9,6 +9,7 @@ from asyncflow_api.jobs.folder import summary_of
 from asyncflow_api.jobs.rows import JobRow
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.schemas import Job, job_body
+from asyncflow_api.watch import Watches
 from fastapi import Depends, Request, Response
 
 
@@ -22,7 +23,13 @@ def the_tokens(request: Request) -> Tokens:
     return tokens
 
 
+def the_watches(request: Request) -> Watches:
+    watches: Watches = request.app.state.watches
+    return watches
+
+
 TheJobs = Annotated[Jobs, Depends(the_jobs)]
+TheWatches = Annotated[Watches, Depends(the_watches)]
 TheTokens = Annotated[Tokens, Depends(the_tokens)]
 
 Reads = Annotated[Identity, Depends(need("read"))]

@@ -124,7 +124,7 @@ class Service:
     def used(self) -> float:
         """Processor seconds of the service itself."""
         times = self.measured.cpu_times()
-        return times.user + times.system
+        return float(times.user + times.system)
 
     def close(self) -> None:
         """End the job, and then the service."""

@@ -53,7 +53,8 @@ class Stream:
     events: int = 0
     told: int = 0
     """Events with an id, or that say that some are missing."""
-    bytes: int = 0
+    received: int = 0
+    """Bytes."""
     first: int | None = None
     last: int = 0
     """Places of the first and last event in the job's history: n + m of the id `n.m`."""
@@ -103,11 +104,11 @@ class Load:
             async with asyncio.timeout(ANSWER):
                 for _ in self.streams:
                     await self.open.acquire()
-            before = sum(stream.bytes for stream in self.streams)
+            before = sum(stream.received for stream in self.streams)
             print("open", file=sys.stderr, flush=True)
             await self.ask()
             print("asked", file=sys.stderr, flush=True)
-            passed = sum(stream.bytes for stream in self.streams) - before
+            passed = sum(stream.received for stream in self.streams) - before
             missing = await self.all_came()
         finally:
             for task in listening:
@@ -141,7 +142,7 @@ class Load:
                 rest = b""
                 while size := int(await reader.readline() or b"0", 16):
                     data = (await reader.readexactly(size + 2))[:-2]
-                    stream.bytes += len(data)
+                    stream.received += len(data)
                     *events, rest = (rest + data).split(b"\n\n")
                     for event in events:
                         stream.take(event)

@@ -333,6 +333,10 @@ class Database:
         """What it said of all jobs after the event with this `seq`."""
         return [_event(row) for row in self.read("SELECT * FROM events WHERE seq>? ORDER BY seq LIMIT ?", after, limit)]
 
+    def last_of(self, job_id: str) -> int:
+        """The `n` of the last event of a job; 0 when there is none."""
+        return int(self.read("SELECT COALESCE(MAX(n), 0) FROM events WHERE job_id=?", job_id)[0][0])
+
     def last_event(self) -> int:
         """The `seq` of the last event; 0 when there is none."""
         return int(self.read("SELECT COALESCE(MAX(seq), 0) FROM events")[0][0])

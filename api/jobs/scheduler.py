@@ -107,6 +107,11 @@ class Scheduler:
         attendant = self._attendants.get(job_id)
         return None if attendant is None else attendant.progress
 
+    def progresses(self) -> dict[str, Mapping[str, Any]]:
+        """The same of every live run that has said so."""
+        attendants = self._attendants.items()
+        return {id_: one.progress for id_, one in list(attendants) if one.progress is not None and not one.done}
+
     def _validate(self, job: JobRow) -> None:
         try:
             if self.closed.is_set() or self._database.get(job.id).state is not State.validating:

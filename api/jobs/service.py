@@ -131,6 +131,11 @@ class Jobs:
         progress: Mapping[str, Any] | None = self._scheduler.progress(job_id)
         return progress
 
+    def progresses(self) -> dict[str, Mapping[str, Any]]:
+        """That of every live job of which it is known."""
+        found: dict[str, Mapping[str, Any]] = self._scheduler.progresses()
+        return found
+
     def redactor(self, job: JobRow) -> Redactor:
         """Hides the secrets of the job's configuration."""
         return Redactor(job.config, job.resolved)
@@ -224,14 +229,21 @@ class Jobs:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def events_after(self, job_id: str, cursor: Cursor, limit: int) -> tuple[list[Event], Cursor]:
-        """What happened to a job after a cursor, and the cursor after that. Raises NoSuchJob."""
+    def events_after(
+        self, job_id: str, cursor: Cursor, limit: int, *, until: Cursor | None = None
+    ) -> tuple[list[Event], Cursor]:
+        """What happened to a job after a cursor and not after `until`, and the cursor after that. Raises NoSuchJob."""
         job = self.database.get(job_id)
-        own = self.database.events(job_id, after=cursor.own, limit=limit)
-        lines = self._tail(job_id).lines(cursor.lines, limit)
+        most = (limit, limit) if until is None else (until.own - cursor.own, until.lines - cursor.lines)
+        own = self.database.events(job_id, after=cursor.own, limit=max(0, min(limit, most[0])))
+        lines = self._tail(job_id).lines(cursor.lines, max(0, min(limit, most[1])))
         events, at = merge(job_id, cursor, own, lines, limit)
         hide = self.redactor(job)
         return [replace(one, message=hide.text(one.message), data=hide.value(one.data)) for one in events], at
+
+    def events_end(self, job_id: str) -> Cursor:
+        """The cursor after all that has happened to a job by now."""
+        return Cursor(self.database.last_of(job_id), self._tail(job_id).count())
 
     def news(self, job_id: str) -> tuple[int, int]:
         """Something that differs whenever there may be new events of a job; cheap."""
