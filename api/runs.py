@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +27,7 @@ from asyncflow.report.samples import Samples
 from asyncflow.rundir import CONFIG, DATA, LEDGER, METRICS, TRACE
 from asyncflow.runtime.control import ControlClient
 from asyncflow.runtime.metrics import read_metrics
-from asyncflow.runtime.timeline import Span, read_trace
+from asyncflow.runtime.timeline import as_told, read_trace
 from asyncflow.store.client import Lease, Stat
 from asyncflow.store.events import PutId
 from asyncflow.store.home import address_of, read_token
@@ -45,8 +45,6 @@ REMEMBERED: Final = 64
 """Runs whose ledgers are kept in memory."""
 EXTERNAL: Final = "external/"
 """What the store calls a worker outside begins so: it cannot be taken for one of the run's own."""
-ACTIVITIES: Final = ("busy", "idle", "blocked")
-MOST_SPANS: Final = 20_000
 
 
 class NotBegun(UserError):
@@ -155,23 +153,9 @@ class RunView:
         """What every worker did in the last so many seconds of the run."""
         with suppress(ControlError):
             return self.control.timeline(seconds)
-        last: deque[Span] = deque(maxlen=MOST_SPANS)
-        end = 0.0
-        for span in read_trace(self.run_dir / TRACE):
-            if span.name in ACTIVITIES and "/" not in span.track:
-                last.append(span)
-                end = max(end, span.ended)
-        return [
-            {
-                "worker": span.track,
-                "activity": span.name,
-                "start": span.began,
-                "end": span.ended,
-                "cause": span.args.get("cause"),
-            }
-            for span in last
-            if span.ended > end - seconds
-        ]
+        told = as_told(read_trace(self.run_dir / TRACE))
+        end = max((span["end"] for span in told), default=0.0)
+        return [span for span in told if span["end"] > end - seconds]
 
     # -- producers and consumers outside -------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def _sentence(kind: str, line: Mapping[str, Any]) -> str:
         "eval": f"accuracy {_number(line.get('eval/accuracy'))} after step {step}",
         "alarm": line.get("text", "an alarm"),
         "failure": line.get("reason", "the run failed"),
-        "set": f"max_staleness is now {line.get('max_staleness')}",
+        "set": ", ".join(f"{key} is now {value}" for key, value in line.items() if key not in ("kind", "at")),
         "resumed": f"the run goes on after step {step}",
     }
     return str(plain.get(kind) or (kind if step is None else f"{kind} of step {step}"))

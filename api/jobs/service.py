@@ -213,12 +213,19 @@ class Jobs:
         if bound is not None:
             if job.state in ENDED or job.state is State.cancelling:
                 raise ControlError(f"the job is {job.state}: max_staleness can be changed until it ends")
-            if revision in (None, job.revision) and job.state not in (State.validating, State.queued):
-                ControlClient(self.folder(job_id).run).set_max_staleness(bound)
-        text = ", ".join(f"{key} is now {value}" for key, value in values.items()) or "nothing changed"
-        job = self.database.change(job_id, values, revision=revision, message=text)
+            if job.state not in (State.validating, State.queued):
+                with self._scheduler.steering(job_id):
+                    return self._change_live(job_id, values, revision=revision)
+        job = self.database.change(job_id, values, revision=revision, told=values)
         self._scheduler.wake()
         return job
+
+    def _change_live(self, job_id: str, values: Mapping[str, Any], *, revision: int | None) -> JobRow:
+        """First in the run, which tells of the bound itself."""
+        if revision in (None, self.database.get(job_id).revision):
+            ControlClient(self.folder(job_id).run).set_max_staleness(values["max_staleness"])
+        others = {key: value for key, value in values.items() if key != "max_staleness"}
+        return self.database.change(job_id, values, revision=revision, told=others or None)
 
     def delete(self, job_id: str, *, revision: int | None) -> None:
         """Forget a job that has ended, and remove its folder. Raises NoSuchJob, Changed, UserError."""

@@ -50,7 +50,8 @@ def undrain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
 
 @router.get("/timeline", summary="What every worker did lately")
 def timeline(_: Reads, view: TheView, seconds: Annotated[float, Query(gt=0, le=120)] = 60.0) -> TimelineReply:
-    """Of a run that has ended, its last seconds."""
+    """Of a run that has ended, its last seconds. A worker with a slash in its name (`generation/3`) is a lane of
+    completions, each by itself."""
     return TimelineReply(
         spans=[
             SpanReply(
