@@ -10,10 +10,10 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import pyarrow as pa
 from fastapi import Depends, Request
@@ -47,6 +47,9 @@ EXTERNAL: Final = "external/"
 """What the store calls a worker outside begins so: it cannot be taken for one of the run's own."""
 
 
+T = TypeVar("T")
+
+
 class NotBegun(UserError):
     """A run that has no ledger yet."""
 
@@ -74,7 +77,8 @@ class RunView:
         self.samples = Samples(run_dir, self._follower_of(run_dir), store=self._store_if_there)
         self._lock = threading.Lock()
         self._connected: tuple[str, Store] | None = None
-        self._status: tuple[float, Mapping[str, Any] | None] = -FRESH, None
+        self._looks: dict[str, tuple[float, Any]] = {}
+        """What was asked for → when (monotonic) and the answer."""
 
     def _follower_of(self, run_dir: Path) -> Follower:
         self.follower = Follower(run_dir)
@@ -91,13 +95,27 @@ class RunView:
 
     def status(self) -> Mapping[str, Any] | None:
         """What the run says of itself; None when it does not go on."""
-        now = time.monotonic()
-        if now - self._status[0] >= FRESH:
-            found: Mapping[str, Any] | None = None
+
+        def ask() -> Mapping[str, Any] | None:
             with suppress(ControlError):
-                found = self.control.status()
-            self._status = now, found
-        return self._status[1]
+                return self.control.status()
+            return None
+
+        return self._look("status", ask)
+
+    def _look(self, what: str, ask: Callable[[], T]) -> T:
+        """An answer that is `FRESH`, whoever has asked for it: however many look on, the run is asked as often."""
+        at, answer = self._looks.get(what, (-FRESH, None))
+        if time.monotonic() - at >= FRESH:
+            at = time.monotonic()
+            answer = ask()
+            self._looks[what] = at, answer
+        found: T = answer
+        return found
+
+    def look_again(self) -> None:
+        """Somebody has changed something: whoever looks now sees it."""
+        self._looks.clear()
 
     @property
     def live(self) -> bool:
@@ -115,6 +133,9 @@ class RunView:
 
     def queue(self) -> Queue:
         """Raises NotBegun, LedgerError."""
+        return self._look("queue", self._queue)
+
+    def _queue(self) -> Queue:
         self.check_begun()
         live = self.live
         stat = self._stat() if live else None
@@ -133,14 +154,14 @@ class RunView:
             # In the first step everything fills up.
             filled = time.time() - self.follower.steps[0].at
         with suppress(ControlError):
-            shares = self.control.shares(min(WINDOW, filled))
+            shares = self._look("shares", lambda: self.control.shares(min(WINDOW, filled)))
             return bottleneck(shares, max_staleness=queue.max_staleness, update=self._update)
         return None
 
     def workers(self) -> Sequence[Mapping[str, Any]]:
         """None of a run that does not go on."""
         with suppress(ControlError):
-            return self.control.workers()
+            return self._look("workers", self.control.workers)
         return ()
 
     def engines(self) -> Sequence[Mapping[str, Any]]:
@@ -188,6 +209,7 @@ class RunView:
         """Ids of the new groups. Raises NotLive, NoRoom, StoreError."""
         store = self._store()
         groups = store.admit(prompts, samples, put=put, timeout=timeout)
+        self.look_again()
         if groups is None:
             raise NoRoom(f"there is no room for so many now (it waits for: {store.awaited('admission')}): try again")
         return groups
@@ -201,9 +223,11 @@ class RunView:
             raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(store.schema.stages)}")
         if stage == store.schema.train.name:
             raise StoreError(f"{stage} is the learner's: only it can say what is in the weights. Take another stage")
-        return store.lease(
+        found = store.lease(
             stage, worker=EXTERNAL + worker, max_rows=max_rows, min_rows=min_rows, ttl=ttl, timeout=timeout
         )
+        self.look_again()
+        return found
 
     def stage_of(self, lease_id: int) -> str:
         """Of a lease that a worker outside has. Raises NotYours."""
@@ -219,16 +243,19 @@ class RunView:
         """Raises NotLive, NotYours, LeaseLost."""
         self.stage_of(lease_id)
         self._store().renew(lease_id, ttl=ttl)
+        self.look_again()
 
     def ack(self, lease_id: int, ids: Sequence[int], columns: pa.RecordBatch | None) -> None:
         """Raises NotLive, NotYours, LeaseLost, StoreError."""
         self.stage_of(lease_id)
         self._store().ack(lease_id, ids, columns)
+        self.look_again()
 
     def nack(self, lease_id: int, ids: Sequence[int], *, reason: str, final: bool) -> None:
         """Raises NotLive, NotYours, LeaseLost."""
         self.stage_of(lease_id)
         self._store().nack(lease_id, ids, reason=reason, final=final)
+        self.look_again()
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
-from asyncflow_api import sse, watch
+from asyncflow_api import runs, sse, watch
+from asyncflow_api.runs import RunView
 from asyncflow_api.watch import Batch, Sight, Watches
 
 from asyncflow.errors import StoreError
@@ -176,6 +178,24 @@ def test_a_look_that_fails_ends_the_streams_and_the_next_one_begins_anew(caplog:
 
     run(test)
     assert caplog.text.count("the disk is gone") == 1
+
+
+def test_however_many_look_at_a_run_it_is_asked_once(tmp_path: Path) -> None:
+    class Run:
+        asked = 0
+
+        def workers(self) -> list[dict[str, Any]]:
+            self.asked += 1
+            return [{"name": f"worker {self.asked}"}]
+
+    view = RunView(tmp_path)
+    view.control = run = Run()  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FRESH", DEADLINE)
+        assert [view.workers() for _ in range(STREAMS)] == [[{"name": "worker 1"}]] * STREAMS
+        view.look_again()
+        assert view.workers() == [{"name": "worker 2"}]
+    assert run.asked == 2
 
 
 def test_who_goes_is_forgotten_and_the_last_one_ends_the_looks() -> None:

@@ -38,6 +38,7 @@ def drain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     """What it has, it finishes. Others (external consumers) may do its stage meanwhile."""
     found = _known(view, name)
     view.control.drain(name)
+    view.look_again()
     return found.model_copy(update={"drained": True})
 
 
@@ -45,6 +46,7 @@ def drain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
 def undrain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     found = _known(view, name)
     view.control.undrain(name)
+    view.look_again()
     return found.model_copy(update={"drained": False})
 
 
