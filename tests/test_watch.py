@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from asyncflow_api import runs, sse, watch
+from asyncflow_api.jobs.database import NoSuchJob
+from asyncflow_api.jobs.events import Cursor
+from asyncflow_api.jobs.rows import NewJob
+from asyncflow_api.jobs.service import Jobs
+from asyncflow_api.routes.history import Fleet
+from asyncflow_api.routes.queue import Live
 from asyncflow_api.runs import RunView
+from asyncflow_api.settings import Settings
 from asyncflow_api.watch import Batch, Sight, Watches
 
 from asyncflow.errors import StoreError
@@ -230,3 +239,43 @@ def test_what_is_read_for_many_fails_for_each_and_is_read_again() -> None:
         assert numbers.reads == 2
 
     run(test)
+
+
+# -- what is watched ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_of_a_run_ends_with_its_job_and_not_while_the_run_does_not_answer(tmp_path: Path) -> None:
+    job = SimpleNamespace(ended=False)
+    live = Live(cast(Jobs, SimpleNamespace(get=lambda _: job)), "j", RunView(tmp_path))
+    assert not live.look().over
+
+    job.ended = True  # it had not even begun
+    assert live.look().over
+
+    def deleted(job_id: str) -> None:
+        raise NoSuchJob(job_id)
+
+    assert Live(cast(Jobs, SimpleNamespace(get=deleted)), "j", RunView(tmp_path)).look().over
+
+
+def test_whoever_goes_on_from_any_event_of_the_fleet_misses_no_job(tmp_path: Path) -> None:
+    with closing(Jobs(Settings(home=tmp_path / "home"))) as jobs:
+        new = NewJob(name="a", config={}, labels={})
+        first, second = (jobs.database.add(new)[0] for _ in range(2))
+        jobs.database.change(first.id, {"priority": 1}, revision=None, told={"priority": 1})
+        # The run has told of it: no event of the job, but all who look at the fleet hear of it.
+        jobs.database.change(second.id, {"max_staleness": 5}, revision=None, told=None)
+        fleet = Fleet(jobs)
+        sight = fleet.look()
+        said, after = fleet.read(0, sight.until)
+
+        assert after == sight.until == 4
+        ids = [int(line[4:]) for line in said.split(b"\n") if line.startswith(b"id: ")]
+        jobs_told = [json.loads(line[6:]) for line in said.split(b"\n") if line.startswith(b"data: ")]
+        assert ids == [3, 4]
+        assert [(job["id"], job["priority"], job["max_staleness"]) for job in jobs_told] == [
+            (first.id, 1, None),
+            (second.id, 50, 5),
+        ]
+        assert jobs.events_end(second.id) == Cursor(1, 0)
+        assert [event.type for event in jobs.events_after(second.id, Cursor(), 9)[0]] == ["state"]
