@@ -198,7 +198,7 @@ def test_however_many_look_at_a_run_it_is_asked_once(tmp_path: Path) -> None:
             return [{"name": f"worker {self.asked}"}]
 
     view = RunView(tmp_path)
-    view.control = run = Run()  # type: ignore[assignment]
+    view.control = run = Run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FRESH", DEADLINE)
         assert [view.workers() for _ in range(STREAMS)] == [[{"name": "worker 1"}]] * STREAMS
@@ -262,9 +262,9 @@ def test_whoever_goes_on_from_any_event_of_the_fleet_misses_no_job(tmp_path: Pat
     with closing(Jobs(Settings(home=tmp_path / "home"))) as jobs:
         new = NewJob(name="a", config={}, labels={})
         first, second = (jobs.database.add(new)[0] for _ in range(2))
-        jobs.database.change(first.id, {"priority": 1}, revision=None, told={"priority": 1})
         # The run has told of it: no event of the job, but all who look at the fleet hear of it.
         jobs.database.change(second.id, {"max_staleness": 5}, revision=None, told=None)
+        jobs.database.change(first.id, {"priority": 1}, revision=None, told={"priority": 1})
         fleet = Fleet(jobs)
         sight = fleet.look()
         said, after = fleet.read(0, sight.until)
@@ -274,8 +274,8 @@ def test_whoever_goes_on_from_any_event_of_the_fleet_misses_no_job(tmp_path: Pat
         jobs_told = [json.loads(line[6:]) for line in said.split(b"\n") if line.startswith(b"data: ")]
         assert ids == [3, 4]
         assert [(job["id"], job["priority"], job["max_staleness"]) for job in jobs_told] == [
-            (first.id, 1, None),
             (second.id, 50, 5),
+            (first.id, 1, None),
         ]
         assert jobs.events_end(second.id) == Cursor(1, 0)
         assert [event.type for event in jobs.events_after(second.id, Cursor(), 9)[0]] == ["state"]
