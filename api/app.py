@@ -36,6 +36,7 @@ from asyncflow_api.routes import (
 from asyncflow_api.routes import jobs as jobs_routes
 from asyncflow_api.runs import Runs
 from asyncflow_api.settings import Settings
+from asyncflow_api.watch import Watches
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -69,7 +70,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         found = jobs or Jobs(settings, clock=clock)
-        app.state.runs = Runs()
+        app.state.runs, app.state.watches = Runs(), Watches()
         try:
             app.state.jobs = found
             app.state.tokens = Tokens(found.database, clock)
@@ -78,6 +79,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
             found.start()
             yield
         finally:
+            app.state.watches.close()
             app.state.runs.close()
             found.close()
 

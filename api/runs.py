@@ -10,11 +10,11 @@ import json
 import math
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import pyarrow as pa
 from fastapi import Depends, Request
@@ -28,7 +28,7 @@ from asyncflow.report.samples import Samples
 from asyncflow.rundir import CONFIG, DATA, LEDGER, METRICS, TRACE
 from asyncflow.runtime.control import ControlClient
 from asyncflow.runtime.metrics import read_metrics
-from asyncflow.runtime.timeline import Span, read_trace
+from asyncflow.runtime.timeline import as_told, read_trace
 from asyncflow.store.client import Lease, Stat
 from asyncflow.store.events import PutId
 from asyncflow.store.home import address_of, read_token
@@ -48,8 +48,9 @@ REMEMBERED: Final = 64
 """Runs whose ledgers are kept in memory."""
 EXTERNAL: Final = "external/"
 """What the store calls a worker outside begins so: it cannot be taken for one of the run's own."""
-ACTIVITIES: Final = ("busy", "idle", "blocked")
-MOST_SPANS: Final = 20_000
+
+
+T = TypeVar("T")
 
 
 class NotBegun(UserError):
@@ -79,9 +80,9 @@ class RunView:
         self.samples = Samples(run_dir, self._follower_of(run_dir), store=self._store_if_there)
         self._lock = threading.Lock()
         self._connected: tuple[str, Store] | None = None
-        self._asking = threading.Lock()
-        self._status: tuple[float, Mapping[str, Any] | None] = -math.inf, None
-        """Until when it holds, and what it is."""
+        self._asking = threading.RLock()
+        self._looks: dict[str, tuple[float, Any]] = {}
+        """What was asked for → until when it holds (monotonic), and the answer."""
 
     def _follower_of(self, run_dir: Path) -> Follower:
         self.follower = Follower(run_dir)
@@ -98,15 +99,31 @@ class RunView:
 
     def status(self) -> Mapping[str, Any] | None:
         """What the run says of itself; None when it does not go on."""
-        with self._asking:  # one asks for all: a run that hangs must not hold a thread of each of them
+
+        def ask() -> Mapping[str, Any] | None:
+            with suppress(ControlError):
+                return self.control.status()
+            return None
+
+        return self._look("status", ask)
+
+    def _look(self, what: str, ask: Callable[[], T]) -> T:
+        """An answer that is `FRESH`, whoever has asked for it: however many look on, the run is asked as often, and one
+        that hangs holds one of them, not all."""
+        with self._asking:
+            until, answer = self._looks.get(what, (-math.inf, None))
             began = time.monotonic()
-            if began >= self._status[0]:
-                found: Mapping[str, Any] | None = None
-                with suppress(ControlError):
-                    found = self.control.status()
+            if began >= until:
+                answer = ask()
                 now = time.monotonic()
-                self._status = now + max(FRESH, now - began), found
-            return self._status[1]
+                self._looks[what] = now + max(FRESH, now - began), answer
+            found: T = answer
+            return found
+
+    def look_again(self) -> None:
+        """Somebody has changed something: whoever looks now sees it."""
+        with self._asking:
+            self._looks.clear()
 
     @property
     def live(self) -> bool:
@@ -124,6 +141,9 @@ class RunView:
 
     def queue(self) -> Queue:
         """Raises NotBegun, LedgerError."""
+        return self._look("queue", self._queue)
+
+    def _queue(self) -> Queue:
         self.check_begun()
         live = self.live
         stat = self._stat() if live else None
@@ -142,14 +162,14 @@ class RunView:
             # In the first step everything fills up.
             filled = time.time() - self.follower.steps[0].at
         with suppress(ControlError):
-            shares = self.control.shares(min(WINDOW, filled))
+            shares = self._look("shares", lambda: self.control.shares(min(WINDOW, filled)))
             return bottleneck(shares, max_staleness=queue.max_staleness, update=self._update)
         return None
 
     def workers(self) -> Sequence[Mapping[str, Any]]:
         """None of a run that does not go on."""
         with suppress(ControlError):
-            return self.control.workers() if self.live else ()
+            return self._look("workers", self.control.workers) if self.live else ()
         return ()
 
     def engines(self) -> Sequence[Mapping[str, Any]]:
@@ -163,23 +183,9 @@ class RunView:
         if self.live:
             with suppress(ControlError):
                 return self.control.timeline(seconds)
-        last: deque[Span] = deque(maxlen=MOST_SPANS)
-        end = 0.0
-        for span in read_trace(self.run_dir / TRACE):
-            if span.name in ACTIVITIES and "/" not in span.track:
-                last.append(span)
-                end = max(end, span.ended)
-        return [
-            {
-                "worker": span.track,
-                "activity": span.name,
-                "start": span.began,
-                "end": span.ended,
-                "cause": span.args.get("cause"),
-            }
-            for span in last
-            if span.ended > end - seconds
-        ]
+        told = as_told(read_trace(self.run_dir / TRACE))
+        end = max((span["end"] for span in told), default=0.0)
+        return [span for span in told if span["end"] > end - seconds]
 
     # -- producers and consumers outside -------------------------------------------------------------------------------
 
@@ -212,6 +218,7 @@ class RunView:
         """Ids of the new groups. Raises NotLive, NoRoom, StoreError."""
         store = self._store()
         groups = store.admit(prompts, samples, put=put, timeout=timeout)
+        self.look_again()
         if groups is None:
             raise NoRoom(f"there is no room for so many now (it waits for: {store.awaited('admission')}): try again")
         return groups
@@ -225,9 +232,11 @@ class RunView:
             raise StoreError(f"there is no stage {stage!r}; the stages are {', '.join(store.schema.stages)}")
         if stage == store.schema.train.name:
             raise StoreError(f"{stage} is the learner's: only it can say what is in the weights. Take another stage")
-        return store.lease(
+        found = store.lease(
             stage, worker=EXTERNAL + worker, max_rows=max_rows, min_rows=min_rows, ttl=ttl, timeout=timeout
         )
+        self.look_again()
+        return found
 
     def stage_of(self, lease_id: int) -> str:
         """Of a lease that a worker outside has. Raises NotYours."""
@@ -243,16 +252,19 @@ class RunView:
         """Raises NotLive, NotYours, LeaseLost."""
         self.stage_of(lease_id)
         self._store().renew(lease_id, ttl=ttl)
+        self.look_again()
 
     def ack(self, lease_id: int, ids: Sequence[int], columns: pa.RecordBatch | None) -> None:
         """Raises NotLive, NotYours, LeaseLost, StoreError."""
         self.stage_of(lease_id)
         self._store().ack(lease_id, ids, columns)
+        self.look_again()
 
     def nack(self, lease_id: int, ids: Sequence[int], *, reason: str, final: bool) -> None:
         """Raises NotLive, NotYours, LeaseLost."""
         self.stage_of(lease_id)
         self._store().nack(lease_id, ids, reason=reason, final=final)
+        self.look_again()
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any, Final
 
 import pydantic_core
+from asyncflow_api.watch import HEARTBEAT, Source, Watches
 from starlette.responses import StreamingResponse
 
-HEARTBEAT: Final = 10.0
-"""Seconds without an event after which a comment is sent."""
-LOOK_EVERY: Final = 0.25
-"""Seconds between two looks for something new."""
-MEDIA_TYPE: Final = "text/event-stream"
+from asyncflow.errors import AsyncFlowError
 
-Batch = tuple[bytes, Any, bool]
-"""Events as they are on the wire, the position after them, and whether the stream is over."""
+MEDIA_TYPE: Final = "text/event-stream"
 
 
 def encode(event: str, data: Any, id_: str | None = None) -> bytes:
@@ -26,32 +21,34 @@ def encode(event: str, data: Any, id_: str | None = None) -> bytes:
     return head + b"event: " + event.encode() + b"\ndata: " + pydantic_core.to_json(data) + b"\n\n"
 
 
-def stream(
-    start: Any, read: Callable[[Any], Batch], changed: Callable[[], Any], *, first: bytes = b""
-) -> StreamingResponse:
-    """Events from a position on, until the client goes or the stream is over.
+def stream(watches: Watches, key: Hashable, source: Callable[[], Source], at: Any = None) -> StreamingResponse:
+    """What a source tells after a position (None: it has pictures only), until it is over or the client goes."""
+    events = follow(watches, key, source, at)
+    return StreamingResponse(events, media_type=MEDIA_TYPE, headers={"X-Accel-Buffering": "no"})
 
-    `read(position)` is called in a thread whenever `changed()`, which is cheap, has another value than before.
-    """
 
-    async def events() -> AsyncIterator[bytes]:
-        at, seen, sent = start, object(), time.monotonic()
-        yield b"retry: 1000\n\n" + first
-        while True:
-            if (now := changed()) != seen:
-                batch, at, over = await asyncio.to_thread(read, at)
-                if batch:
-                    sent = time.monotonic()
-                    yield batch
-                else:
-                    seen = now  # all was told that there was then
-                if over and not batch:
-                    return
-                if batch:
-                    continue
-            if time.monotonic() - sent > HEARTBEAT:
+async def follow(watches: Watches, key: Hashable, source: Callable[[], Source], at: Any = None) -> AsyncIterator[bytes]:
+    """First all of the history that there is, then the latest picture; and again, whenever the watch wakes."""
+    yield b"retry: 1000\n\n"
+    version, sent = 0, time.monotonic()
+    with watches.on(key, source) as watch:
+        while not watch.failed:
+            woken = watch.woken
+            try:
+                data, after = await watch.after(at)
+            except AsyncFlowError:
+                return  # it was deleted, or cannot be read: who asks again is told
+            behind, at = after != at, after
+            if not behind and version != watch.version:
+                data, version = watch.sight.picture, watch.version
+            if data:
+                yield data
                 sent = time.monotonic()
-                yield b": still here\n\n"
-            await asyncio.sleep(LOOK_EVERY)
-
-    return StreamingResponse(events(), media_type=MEDIA_TYPE, headers={"X-Accel-Buffering": "no"})
+            elif not behind:
+                if watch.sight.over:
+                    yield watch.source.end
+                    return
+                if time.monotonic() - sent >= HEARTBEAT / 2:
+                    yield b": still here\n\n"
+                    sent = time.monotonic()
+                await woken.wait()

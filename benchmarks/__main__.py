@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.machine import write_json
 
-BENCHMARKS = ("learner", "generation", "weights", "overlap", "store")
+BENCHMARKS = ("learner", "generation", "weights", "overlap", "store", "service")
 """Each is a module of this package, whose docstring says what it measures and whose `main(argv)` returns the result."""
 
 

@@ -17,10 +17,12 @@ from asyncflow_api.jobs.database import NoSuchJob
 from asyncflow_api.measures import Durations
 from asyncflow_api.routes import completions, exchange, metrics_of_job, prometheus, queue, samples, workers
 from asyncflow_api.runs import Runs
+from asyncflow_api.watch import Watches
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from asyncflow.rundir import SOCKET, SUMMARY
 from tests.processes import DEADLINE, wait_until
 
 
@@ -35,6 +37,10 @@ class KnownRuns:
         if job_id not in self._run_dirs:
             raise NoSuchJob(f"there is no job {job_id}")
         return self._run_dirs[job_id]
+
+    def get(self, job_id: str) -> SimpleNamespace:
+        run_dir = self.run_dir(job_id)
+        return SimpleNamespace(ended=(run_dir / SUMMARY).is_file() and not (run_dir / SOCKET).exists())
 
     def _jobs(self, *, states: Sequence[str], limit: int) -> list[SimpleNamespace]:
         assert "running" in states
@@ -60,6 +66,7 @@ def make_app(run_dirs: dict[str, Path]) -> FastAPI:
     app = FastAPI()
     problems.install(app)
     app.state.jobs, app.state.runs, app.state.measures = KnownRuns(run_dirs), Runs(), CollectorRegistry()
+    app.state.watches = Watches()
     app.add_middleware(Caller)
     app.add_middleware(Durations, registry=app.state.measures)
     app.add_middleware(problems.Outermost)
@@ -83,4 +90,5 @@ def service(**run_dirs: Path) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join(DEADLINE)
+        app.state.watches.close()
         app.state.runs.close()

@@ -118,11 +118,11 @@ def test_the_next_job_is_of_the_highest_priority_and_of_those_the_oldest(databas
 
 def test_a_change_of_what_has_changed_is_refused(database: Database) -> None:
     job, _ = database.add(NEW)
-    changed = database.change(job.id, {"priority": 7}, revision=job.revision, message="priority")
+    changed = database.change(job.id, {"priority": 7}, revision=job.revision, told={"priority": 7})
 
     assert (changed.priority, changed.revision) == (7, job.revision + 1)
     with pytest.raises(Changed, match=f"revision {changed.revision} by now, not {job.revision}"):
-        database.change(job.id, {"priority": 8}, revision=job.revision, message="priority")
+        database.change(job.id, {"priority": 8}, revision=job.revision, told={"priority": 7})
     assert database.get(job.id) == changed
 
 
@@ -172,6 +172,7 @@ def test_whoever_comes_back_with_a_cursor_gets_everything_once(
     own: list[EventRow] = []
     lines: list[dict[str, Any] | None] = []
     told: list[str] = []
+    places: list[int] = []
     at = Cursor()
     for number, (mine, time) in enumerate(happened):
         if mine:
@@ -184,15 +185,18 @@ def test_whoever_comes_back_with_a_cursor_gets_everything_once(
         if number >= already:
             found, at = merge("j", at, own[at.own : at.own + limit], lines[at.lines : at.lines + limit], limit)
             told += [event.message for event in found]
+            places += [sum(map(int, event.id.split("."))) for event in found]
     while True:
         found, after = merge("j", at, own[at.own : at.own + limit], lines[at.lines : at.lines + limit], limit)
         if after == at:
             break
         assert len(found) <= limit
-        assert not found or found[-1].id == str(after) or None in lines
+        assert not found or found[-1].id == str(after)
         told += [event.message for event in found]
+        places += [sum(map(int, event.id.split("."))) for event in found]
         at = after
 
+    assert places == list(range(1, len(happened) + 1)), "a gap would be seen"
     steps = [f"step {line['step']}: reward unknown" for line in lines if line is not None]
     assert [text for text in told if text.startswith("own")] == [f"own {n + 1}" for n in range(len(own))]
     assert [text for text in told if text.startswith("step")] == steps

@@ -121,13 +121,18 @@ def test_workers_engines_and_the_timeline_of_a_run_that_goes_on(api: httpx.Clien
     assert all((one["waits_for"] is None) == (one["cause"] is None) for one in workers)
     assert engine["served"].startswith("0.")
     assert {span["worker"] for span in spans} >= {"rollout", "actor_update"}
+    assert any(span["worker"].startswith("generation/") for span in spans)
     assert all(span["start"].endswith("Z") and span["start"] <= span["end"] for span in spans)
 
 
 def test_an_ended_run_has_its_timeline_and_no_workers(api: httpx.Client) -> None:
     assert api.get("/v1/jobs/old/workers").json() == {"object": "list", "data": []}
     assert api.get("/v1/jobs/old/engines").json()["data"] == []
-    assert api.get("/v1/jobs/old/timeline").json()["spans"]
+    spans = api.get("/v1/jobs/old/timeline").json()["spans"]
+    assert {span["worker"] for span in spans} >= {"feeder", "rollout", "reward", "actor_update"}
+    # Each completion by itself: the long tail.
+    assert sum(span["worker"].startswith("generation/") for span in spans) == 6 * 16
+    assert [span["start"] for span in spans] == sorted(span["start"] for span in spans)
 
 
 def test_a_worker_is_drained_and_goes_on(api: httpx.Client, process: Any, going: Any) -> None:

@@ -160,6 +160,23 @@ def test_a_run_rests_takes_another_bound_goes_on_and_is_cancelled(service: Runni
 
     service.http.post(f"/v1/jobs/{job_id}/resume")
     service.wait(job_id, "running")
+    told = [event for event in events(service, job_id) if event["type"] in ("set", "changed")]
+    assert [(event["type"], event["data"]) for event in told] == [
+        ("set", {"max_staleness": 3}),
+        ("changed", {"priority": 9, "labels": {"a": "b"}}),
+    ], "each change is one event"
+
+    # Somebody steers the run without the service.
+    control.pause()
+    service.wait(job_id, "paused")
+    control.resume()
+    service.wait(job_id, "running")
+    control.set_max_staleness(2)
+    wait_until(lambda: service.job(job_id)["max_staleness"] == 2)
+    service.http.patch(f"/v1/jobs/{job_id}", json={"max_staleness": 4})
+    assert service.job(job_id)["max_staleness"] == 4
+    told = [event for event in events(service, job_id) if event["type"] in ("set", "changed")]
+    assert [event["data"] for event in told[2:]] == [{"max_staleness": 2}, {"max_staleness": 4}]
     assert service.http.delete(f"/v1/jobs/{job_id}").status_code == 409
     assert service.http.post(f"/v1/jobs/{job_id}/cancel").json()["state"] == "cancelling"
     ended = service.wait(job_id, "cancelled")

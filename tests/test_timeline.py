@@ -22,7 +22,7 @@ from asyncflow.launch import Run, launch, resolve, resume
 from asyncflow.plan import plan
 from asyncflow.rundir import TRACE
 from asyncflow.runtime.metrics import read_metrics
-from asyncflow.runtime.timeline import Doing, Span, TraceTimeline, read_trace
+from asyncflow.runtime.timeline import Doing, Span, TraceTimeline, as_told, read_trace
 from asyncflow.store.schema import PROMPT_COLUMNS, Schema, Stage
 from asyncflow.store.topics import ADMISSION
 from asyncflow.types import Completion, PolicyVersion, Sampling, UpdateMode
@@ -50,6 +50,19 @@ def timeline(trace: Path, clock: ManualClock) -> Iterator[TraceTimeline]:
     timeline = TraceTimeline(trace, clock=clock)
     yield timeline
     timeline.close()
+
+
+def test_shares_of_the_last_seconds_leave_out_the_lanes_and_what_is_told_does_not(
+    timeline: TraceTimeline, clock: ManualClock
+) -> None:
+    timeline.enter("rollout", "busy")
+    clock.advance(1.0)
+    timeline.record("generation/000", "sample 7", 1000.25)
+    clock.advance(1.0)
+
+    assert timeline.recent_shares(60.0) == {"rollout/busy": 1.0}
+    told = [(one["worker"], one["activity"], one["end"] - one["start"]) for one in as_told(timeline.recent(60.0))]
+    assert told == [("rollout", "busy", 2.0), ("generation/000", "busy", 0.75)]
 
 
 def spans(path: Path) -> list[tuple[str, str, float, float]]:

@@ -312,14 +312,28 @@ class Database:
             self._tell(db, job_id, "state", message, data, level)
             return self.get(job_id)
 
-    def change(self, job_id: str, values: Mapping[str, Any], *, revision: int | None, message: str) -> JobRow:
-        """Set `name`, `priority`, `labels` or `max_staleness`. Raises NoSuchJob and Changed."""
+    def change(
+        self, job_id: str, values: Mapping[str, Any], *, revision: int | None, told: Mapping[str, Any] | None
+    ) -> JobRow:
+        """Set `name`, `priority`, `labels` or `max_staleness`. Raises NoSuchJob and Changed.
+
+        `told`: those of them of which there is to be an event; None where the run has told everything itself, and only
+        those need to know who look at all jobs.
+        """
         assert values.keys() <= {"name", "priority", "labels", "max_staleness"}
         with self.transaction() as db:
             self._checked(job_id, revision)
             columns = {key: json.dumps(value) if key == "labels" else value for key, value in values.items()}
             self._update(db, job_id, columns)
-            self._tell(db, job_id, "changed", message, dict(values), "info")
+            if told is None:
+                db.execute(
+                    "INSERT INTO events (job_id, n, created_at, type, level, message, data)"
+                    " SELECT ?, MIN(0, MIN(n)) - 1, ?, 'changed', 'info', '', '{}' FROM events WHERE job_id=?",
+                    (job_id, self._clock.wall(), job_id),
+                )  # no event of the job has such a number
+            else:
+                text = ", ".join(f"{key} is now {value}" for key, value in told.items()) or "nothing changed"
+                self._tell(db, job_id, "changed", text, told, "info")
             return self.get(job_id)
 
     def tell(self, job_id: str, type_: str, message: str, data: Mapping[str, Any], level: Level = "info") -> None:
@@ -344,6 +358,10 @@ class Database:
     def all_events(self, *, after: int, limit: int) -> list[EventRow]:
         """What it said of all jobs after the event with this `seq`."""
         return [_event(row) for row in self.read("SELECT * FROM events WHERE seq>? ORDER BY seq LIMIT ?", after, limit)]
+
+    def last_of(self, job_id: str) -> int:
+        """The `n` of the last event of a job; 0 when there is none."""
+        return int(self.read("SELECT COALESCE(MAX(n), 0) FROM events WHERE job_id=?", job_id)[0][0])
 
     def last_event(self) -> int:
         """The `seq` of the last event; 0 when there is none."""

@@ -52,16 +52,20 @@ class Event:
 def merge(
     job_id: str, after: Cursor, own: list[EventRow], lines: list[dict[str, Any] | None], limit: int
 ) -> tuple[list[Event], Cursor]:
-    """The next events by time, at most `limit`, and the cursor after them."""
+    """The next events by time, at most `limit`, and the cursor after them.
+
+    Each is one place further than the one before (n + m), so whoever was not told one knows it.
+    """
     told: list[Event] = []
     n, m = after.own, after.lines
     mine, measured = iter(own), iter(lines)
     row, line = next(mine, None), next(measured, _END)
     while len(told) < limit and (row is not None or line is not _END):
         if line is None:  # unreadable: a killed run tore it
-            m, line = m + 1, next(measured, _END)
-            continue
-        if line is _END or (row is not None and row.created_at <= _time(line)):
+            m += 1
+            told.append(_gap(job_id, f"{n}.{m}", next((_time(one) for one in lines[m - after.lines :] if one), 0.0)))
+            line = next(measured, _END)
+        elif line is _END or (row is not None and row.created_at <= _time(line)):
             assert row is not None
             n = row.n
             told.append(
@@ -84,6 +88,12 @@ def _time(line: Mapping[str, Any]) -> float:
     return float(at) if isinstance(at, int | float) and math.isfinite(at) else 0.0
 
 
+def _gap(job_id: str, id_: str, at: float) -> Event:
+    """`at`: of the next line that can be read."""
+    text = "a line of the run's measurements cannot be read: the run was killed while it wrote it"
+    return Event(id=id_, job_id=job_id, created_at=at, type="gap", level="warning", message=text, data={})
+
+
 def _measured(job_id: str, id_: str, line: Mapping[str, Any]) -> Event:
     kind = str(line.get("kind", "unknown"))
     data = {key: _finite(value) for key, value in line.items() if key not in ("kind", "at")}
@@ -100,7 +110,7 @@ def _sentence(kind: str, line: Mapping[str, Any]) -> str:
         "eval": f"accuracy {_number(line.get('eval/accuracy'))} after step {step}",
         "alarm": line.get("text", "an alarm"),
         "failure": line.get("reason", "the run failed"),
-        "set": f"max_staleness is now {line.get('max_staleness')}",
+        "set": ", ".join(f"{key} is now {value}" for key, value in line.items() if key not in ("kind", "at")),
         "resumed": f"the run goes on after step {step}",
     }
     return str(plain.get(kind) or (kind if step is None else f"{kind} of step {step}"))

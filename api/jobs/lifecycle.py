@@ -56,6 +56,8 @@ TRANSITIONS: Final[Mapping[tuple[State, State], Mover]] = {
     (S, CG): "client",
     (R, PG): "client",
     (R, CG): "client",
+    (R, PD): "run",  # somebody steers it without the service
+    (PD, R): "run",
     (PG, PD): "run",
     (PG, RS): "client",
     (PG, CG): "client",

@@ -79,7 +79,7 @@ class EventRow:
     """Position among the events of all jobs."""
     job_id: str
     n: int
-    """Position among the events of its job, from 1."""
+    """Position among the events of its job, from 1; below that it is told to those only who look at all jobs."""
     created_at: float
     type: str
     level: Level

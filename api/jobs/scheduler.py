@@ -22,11 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final
 
 from asyncflow_api.jobs import process
-from asyncflow_api.jobs.database import Database, NoSuchJob
+from asyncflow_api.jobs.database import Changed, Database, NoSuchJob
 from asyncflow_api.jobs.folder import Exit, JobFolder, Order, Started
 from asyncflow_api.jobs.lifecycle import LIVE, IllegalMove, State
 from asyncflow_api.jobs.predecessor import inherit
@@ -111,6 +111,16 @@ class Scheduler:
         attendant = self._attendants.get(job_id)
         return None if attendant is None else attendant.progress
 
+    def progresses(self) -> dict[str, Mapping[str, Any]]:
+        """The same of every live run that has said so."""
+        attendants = self._attendants.items()
+        return {id_: one.progress for id_, one in list(attendants) if one.progress is not None and not one.done}
+
+    def steering(self, job_id: str) -> AbstractContextManager[object]:
+        """While somebody changes a live run and then its job: what the run says meanwhile is not taken for news."""
+        attendant = self._attendants.get(job_id)
+        return nullcontext() if attendant is None else attendant.steering
+
     def _validate(self, job: JobRow) -> None:
         try:
             if self.closed.is_set() or self._database.get(job.id).state is not State.validating:
@@ -193,6 +203,7 @@ class Attendant:
         self._starts: list[Started] = []
         """What its folder said last of its processes."""
         self.progress: Mapping[str, Any] | None = None
+        self.steering = threading.Lock()
         self.done = False
         """The job holds no slot any more."""
         self.wake = threading.Event()
@@ -318,13 +329,25 @@ class Attendant:
         if not at_once and now - self._asked < ASK_EVERY:
             return
         self._asked = now
-        status = self._control.status()
+        with self.steering:
+            status = self._control.status()
+            self._take_bound(status.get("max_staleness"))
         self.progress = _progress(status)
         state, phase = self._job.state, status["phase"]
         if state is State.starting and phase != "starting":
             self._move(State.running, "the run began")
-        elif state is State.pausing and phase == "paused" and _rests(status):
+        elif state in (State.pausing, State.running) and phase == "paused" and _rests(status):
             self._move(State.paused, f"the run rests after step {status.get('step', 0)}")
+        elif state is State.paused and phase in ("training", "evaluating"):
+            self._move(State.running, "somebody let the run go on")
+
+    def _take_bound(self, bound: int | None) -> None:
+        """Somebody has changed it in the run itself, which has told so."""
+        job = self._database.get(self._job.id)
+        known = job.max_staleness if job.max_staleness is not None else (job.resolved or {}).get("max_staleness")
+        if bound is not None and known is not None and known != bound:
+            with suppress(Changed):  # then it is seen again
+                self._database.change(job.id, {"max_staleness": bound}, revision=job.revision, told=None)
 
     def _move(self, to: State, message: str) -> None:
         self._job = self._database.move(self._job.id, to, message=message, starts=len(self._folder.starts()))

@@ -140,6 +140,11 @@ class Jobs:
         progress: Mapping[str, Any] | None = self._scheduler.progress(job_id)
         return progress
 
+    def progresses(self) -> dict[str, Mapping[str, Any]]:
+        """That of every live job of which it is known."""
+        found: dict[str, Mapping[str, Any]] = self._scheduler.progresses()
+        return found
+
     def redactor(self, job: JobRow) -> Redactor:
         """Hides the secrets of the job's configuration."""
         return Redactor(job.config, job.resolved)
@@ -212,35 +217,40 @@ class Jobs:
 
         Raises NoSuchJob, Changed, and ControlError for what the run refuses, or one that has ended.
         """
-        text = ", ".join(f"{key} is now {value}" for key, value in values.items()) or "nothing changed"
-        bound = values.get("max_staleness")
-        if bound is None:
-            job = self.database.change(job_id, values, revision=revision, message=text)
+        if values.get("max_staleness") is None:
+            job = self.database.change(job_id, values, revision=revision, told=values)
         else:
             # Two at once would leave the run with one bound, and the job with the other.
             if not self._bounds.acquire(timeout=BOUND_TIMEOUT):
                 raise Busy("another bound is being changed, of a run that does not answer: try again", seconds=5)
             try:
-                job = self._change_bound(job_id, bound, values, revision, text)
+                job = self._change_bound(job_id, values, revision)
             finally:
                 self._bounds.release()
         self._scheduler.wake()
         return job
 
-    def _change_bound(
-        self, job_id: str, bound: int, values: Mapping[str, Any], revision: int | None, text: str
-    ) -> JobRow:
+    def _change_bound(self, job_id: str, values: Mapping[str, Any], revision: int | None) -> JobRow:
         while True:
             job = self.database.get(job_id)
             if job.state in ENDED or job.state is State.cancelling:
                 raise ControlError(f"the job is {job.state}: max_staleness can be changed until it ends")
-            if revision in (None, job.revision) and job.state not in (State.validating, State.queued):
-                ControlClient(self.folder(job_id).run, deadline=BOUND_TIMEOUT).set_max_staleness(bound)
             try:
-                return self.database.change(job_id, values, revision=revision or job.revision, message=text)
+                if job.state in (State.validating, State.queued):
+                    return self.database.change(job_id, values, revision=revision or job.revision, told=values)
+                with self._scheduler.steering(job_id):
+                    return self._change_live(job_id, values, revision)
             except Changed:
                 if revision is not None:
                     raise  # else it may have got its slot in this moment, with the bound that it had
+
+    def _change_live(self, job_id: str, values: Mapping[str, Any], revision: int | None) -> JobRow:
+        """First in the run, which tells of the bound itself."""
+        if revision in (None, self.database.get(job_id).revision):
+            run = ControlClient(self.folder(job_id).run, deadline=BOUND_TIMEOUT)
+            run.set_max_staleness(values["max_staleness"])
+        others = {key: value for key, value in values.items() if key != "max_staleness"}
+        return self.database.change(job_id, values, revision=revision, told=others or None)
 
     def delete(self, job_id: str, *, revision: int | None) -> None:
         """Forget a job that has ended, and remove its folder. Raises NoSuchJob, Changed, UserError."""
@@ -251,14 +261,21 @@ class Jobs:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def events_after(self, job_id: str, cursor: Cursor, limit: int) -> tuple[list[Event], Cursor]:
-        """What happened to a job after a cursor, and the cursor after that. Raises NoSuchJob."""
+    def events_after(
+        self, job_id: str, cursor: Cursor, limit: int, *, until: Cursor | None = None
+    ) -> tuple[list[Event], Cursor]:
+        """What happened to a job after a cursor and not after `until`, and the cursor after that. Raises NoSuchJob."""
         job = self.database.get(job_id)
-        own = self.database.events(job_id, after=cursor.own, limit=limit)
-        lines = self._tail(job_id).lines(cursor.lines, limit)
+        most = (limit, limit) if until is None else (until.own - cursor.own, until.lines - cursor.lines)
+        own = self.database.events(job_id, after=cursor.own, limit=max(0, min(limit, most[0])))
+        lines = self._tail(job_id).lines(cursor.lines, max(0, min(limit, most[1])))
         events, at = merge(job_id, cursor, own, lines, limit)
         hide = self.redactor(job)
         return [replace(one, message=hide.text(one.message), data=hide.value(one.data)) for one in events], at
+
+    def events_end(self, job_id: str) -> Cursor:
+        """The cursor after all that has happened to a job by now."""
+        return Cursor(self.database.last_of(job_id), self._tail(job_id).count())
 
     def news(self, job_id: str) -> tuple[int, int]:
         """Something that differs whenever there may be new events of a job; cheap."""

@@ -22,6 +22,11 @@ class Tail:
         """Bytes that were looked at."""
         self._lock = threading.Lock()
 
+    def count(self) -> int:
+        """Complete lines now."""
+        self.lines(0, 0)
+        return len(self._ends)
+
     def size(self) -> int:
         """Bytes of the file now."""
         try:

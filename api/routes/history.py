@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 from asyncflow_api import sse
-from asyncflow_api.dependencies import Reads, TheJobs, served
+from asyncflow_api.dependencies import Reads, TheJobs, TheWatches, served
+from asyncflow_api.jobs.database import NoSuchJob
 from asyncflow_api.jobs.events import Cursor
 from asyncflow_api.jobs.log import LogReader
+from asyncflow_api.jobs.rows import EventRow
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.pages import CursorText, Limit, Page, page_of, position
 from asyncflow_api.problems import Problem
 from asyncflow_api.schemas import CheckpointBody, EventBody, ListedJob, event_body, rfc3339
 from asyncflow_api.specification import answers
+from asyncflow_api.watch import Batch, Sight
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
@@ -44,6 +47,7 @@ def events(
     job_id: str,
     request: Request,
     jobs: TheJobs,
+    watches: TheWatches,
     _: Reads,
     *,
     cursor: CursorText = None,
@@ -56,29 +60,46 @@ def events(
     """
     jobs.get(job_id)
     if wants_stream(request):
-        return event_stream(jobs, job_id, _cursor(last_event_id or cursor))
+        start = _cursor(last_event_id or cursor)
+        answer: Response = sse.stream(watches, ("events", job_id), lambda: JobEvents(jobs, job_id), start)
+        return answer
     after = _cursor(position("events", cursor))
     found, _at = jobs.events_after(job_id, after, limit + 1)
     return page_of("events", [event_body(one) for one in found], limit, [one.id for one in found])
 
 
-def event_stream(jobs: Jobs, job_id: str, start: Cursor) -> Response:
-    def read_more(at: Cursor) -> sse.Batch:
-        ended = jobs.get(job_id).ended  # before the events are read: none comes after
-        found, after = jobs.events_after(job_id, at, MOST_EVENTS)
-        batch = b"".join(sse.encode(one.type, event_body(one), one.id) for one in found)
-        over = ended and not found
-        return (sse.encode("end", {"job_id": job_id}) if over else batch), after, over
+class JobEvents:
+    """What is watched: the events of one job."""
 
-    answer: Response = sse.stream(start, read_more, lambda: jobs.news(job_id))
-    return answer
+    def __init__(self, jobs: Jobs, job_id: str) -> None:
+        self._jobs = jobs
+        self._job_id = job_id
+        self.end = sse.encode("end", {"job_id": job_id})
+
+    def changed(self) -> object:
+        return self._jobs.news(self._job_id)
+
+    def look(self) -> Sight:
+        try:
+            ended = self._jobs.get(self._job_id).ended  # before the events are counted: none comes after
+        except NoSuchJob:
+            return Sight(over=True)
+        return Sight(until=self._jobs.events_end(self._job_id), over=ended)
+
+    def read(self, at: Cursor, until: Cursor) -> Batch:
+        """Raises NoSuchJob."""
+        found, after = self._jobs.events_after(self._job_id, at, MOST_EVENTS, until=until)
+        return b"".join(sse.encode(one.type, event_body(one), one.id) for one in found), after
 
 
 @router.get("/events", response_class=Response, responses=answers(sse.MEDIA_TYPE, description="A stream"))
-def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId = None) -> Response:
+def fleet(
+    request: Request, jobs: TheJobs, watches: TheWatches, _: Reads, last_event_id: LastEventId = None
+) -> Response:
     """A stream of all jobs: event `job` with a job as lists have it, `deleted` with its id; from now on, or a point on.
 
-    What changed in between is told once, as it is by then.
+    What changed in between is told once, as it is by then. How far live jobs are is told by `progress`, without an id:
+    each replaces the one before.
     """
     if not wants_stream(request):
         raise Problem(406, "only_a_stream", "send Accept: text/event-stream", field="header.accept")
@@ -88,27 +109,43 @@ def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId 
             raise _bad_id()
         start = int(last_event_id)
 
-    def read_more(at: int) -> sse.Batch:
-        found = jobs.database.all_events(after=at, limit=MOST_EVENTS)
-        latest = {one.job_id: one for one in found}
-        batch = b""
-        for one in latest.values():
-            if one.type == "deleted":
-                batch += sse.encode("deleted", {"id": one.job_id}, str(one.seq))
-            else:
-                batch += _listed(jobs, one.job_id, one.seq)
-        return batch, (found[-1].seq if found else at), False
-
-    answer: Response = sse.stream(start, read_more, lambda: jobs.database.changes)
+    answer: Response = sse.stream(watches, "fleet", lambda: Fleet(jobs), start)
     return answer
 
 
-def _listed(jobs: Jobs, job_id: str, seq: int) -> bytes:
-    rows = jobs.database.read("SELECT 1 FROM jobs WHERE id=?", job_id)
-    if not rows:
-        return b""  # its deletion is told next
-    told: bytes = sse.encode("job", ListedJob(**served(jobs, jobs.get(job_id)).model_dump()), str(seq))
-    return told
+class Fleet:
+    """What is watched: all jobs. What changed is told with an id, how far they are without."""
+
+    end = b""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    def changed(self) -> object:
+        return self._jobs.database.changes, self._steps()
+
+    def look(self) -> Sight:
+        steps = self._steps()
+        told = (sse.encode("progress", {"id": id_, "progress": one}) for id_, one in self._jobs.progresses().items())
+        return Sight(until=self._jobs.database.last_event(), picture=b"".join(told), told=steps)
+
+    def read(self, at: int, until: int) -> Batch:
+        found = [one for one in self._jobs.database.all_events(after=at, limit=MOST_EVENTS) if one.seq <= until]
+        # By the last event of each: whoever goes on from any of these ids has missed nothing.
+        latest = sorted({one.job_id: one for one in found}.values(), key=lambda one: one.seq)
+        return b"".join(map(self._told, latest)), (found[-1].seq if found else at)
+
+    def _told(self, event: EventRow) -> bytes:
+        if event.type == "deleted":
+            return bytes(sse.encode("deleted", {"id": event.job_id}, str(event.seq)))
+        try:
+            job = ListedJob(**served(self._jobs, self._jobs.get(event.job_id)).model_dump())
+        except NoSuchJob:
+            return b""  # its deletion is told next
+        return bytes(sse.encode("job", job, str(event.seq)))
+
+    def _steps(self) -> tuple[tuple[str, int], ...]:
+        return tuple((id_, one["step"]) for id_, one in self._jobs.progresses().items())
 
 
 @router.get(
@@ -120,6 +157,7 @@ def logs(
     job_id: str,
     request: Request,
     jobs: TheJobs,
+    watches: TheWatches,
     _: Reads,
     *,
     tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None,
@@ -141,16 +179,33 @@ def logs(
             raise _bad_id()
         start = int(last_event_id)
 
-    def read_more(at: int) -> sse.Batch:
-        ended = jobs.get(job_id).ended
-        text, after = log.read(at, LOG_PIECE, ended=ended)
-        over = ended and after == at
-        if after == at:
-            return (sse.encode("end", {"job_id": job_id}) if over else b""), at, over
-        return sse.encode("log", {"text": text, "offset": after}, str(after)), after, False
-
-    answer: Response = sse.stream(start, read_more, lambda: (jobs.database.changes, log.size()))
+    answer: Response = sse.stream(watches, ("log", job_id), lambda: JobLog(jobs, job_id, log), start)
     return answer
+
+
+class JobLog:
+    """What is watched: the log of one job."""
+
+    def __init__(self, jobs: Jobs, job_id: str, log: LogReader) -> None:
+        self._jobs = jobs
+        self._job_id = job_id
+        self._log = log
+        self._ended = False
+        self.end = sse.encode("end", {"job_id": job_id})
+
+    def changed(self) -> object:
+        return self._jobs.database.changes, self._log.size()
+
+    def look(self) -> Sight:
+        try:
+            self._ended = self._jobs.get(self._job_id).ended
+        except NoSuchJob:
+            return Sight(over=True)
+        return Sight(until=self._log.size(), over=self._ended)
+
+    def read(self, at: int, until: int) -> Batch:  # noqa: ARG002 - lines end where they end
+        text, after = self._log.read(at, LOG_PIECE, ended=self._ended)
+        return (sse.encode("log", {"text": text, "offset": after}, str(after)) if after != at else b""), after
 
 
 @router.get("/jobs/{job_id}/checkpoints")

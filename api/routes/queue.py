@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from asyncflow_api import sse
-from asyncflow_api.dependencies import Reads
+from asyncflow_api.dependencies import Reads, TheJobs, TheWatches
+from asyncflow_api.jobs.database import NoSuchJob
+from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.refusals import RunRoute
 from asyncflow_api.routes.workers import worker_of
 from asyncflow_api.runs import NotBegun, RunView, TheView
 from asyncflow_api.schemas_run import LiveReply, ProgressReply, QueueReply
 from asyncflow_api.specification import answers
+from asyncflow_api.watch import Batch, Sight
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["queue"], route_class=RunRoute)
-
-EVERY: Final = 0.25
-"""Seconds between two events of one stream, at least."""
 
 
 @router.get("/queue", summary="What is in the queue")
@@ -36,31 +36,44 @@ def queue(_: Reads, view: TheView) -> QueueReply:
     summary="The queue as it changes",
     responses=answers(sse.MEDIA_TYPE, description="A stream"),
 )
-def live(_: Reads, view: TheView) -> StreamingResponse:
+def live(job_id: str, _: Reads, view: TheView, jobs: TheJobs, watches: TheWatches) -> StreamingResponse:
     """Server-sent events `live`, each a whole picture: at most four a second, and only when something has changed.
 
-    The stream ends with the run, after one `end`.
+    Who is slow gets the latest one. The stream ends with the job, after one `end`.
     """
-
-    def read(at: tuple[float, object, bool]) -> sse.Batch:
-        last, told, over = at
-        now = time.monotonic()
-        if over or now - last < EVERY:
-            return b"", at, over
-        goes_on = view.live
-        try:
-            reply = look(view)
-        except NotBegun:
-            return b"", (now, None, False), False
-        fingerprint = _without_time(reply.model_dump())
-        data = b"" if fingerprint == told else sse.encode("live", reply.model_dump(mode="json"))
-        if not goes_on:
-            return data + sse.encode("end", {"object": "end"}), (now, fingerprint, True), True
-        return data, (now, fingerprint, False), False
-
-    # Nothing that is cheap says whether a worker has turned to something else, so every look is one.
-    stream: StreamingResponse = sse.stream((-EVERY, None, False), read, time.monotonic)
+    stream: StreamingResponse = sse.stream(watches, ("live", job_id), lambda: Live(jobs, job_id, view))
     return stream
+
+
+class Live:
+    """What is watched: one run."""
+
+    end = sse.encode("end", {"object": "end"})
+
+    def __init__(self, jobs: Jobs, job_id: str, view: RunView) -> None:
+        self._jobs = jobs
+        self._job_id = job_id
+        self._view = view
+
+    def changed(self) -> float:
+        """Nothing that is cheap says whether a worker has turned to something else: every look is one."""
+        return time.monotonic()
+
+    def look(self) -> Sight:
+        """Raises LedgerError."""
+        try:
+            # A run that does not answer may begin, hang, or be gone: what has ended is the job.
+            over = self._jobs.get(self._job_id).ended
+            picture = look(self._view).model_dump(mode="json")
+        except NoSuchJob:
+            return Sight(over=True)
+        except NotBegun:
+            return Sight(over=over)
+        return Sight(picture=sse.encode("live", picture), told=_without_time(picture), over=over)
+
+    def read(self, at: Any, until: Any) -> Batch:
+        """There is no history: the ledger and the events have it."""
+        raise NotImplementedError
 
 
 def look(view: RunView) -> LiveReply:

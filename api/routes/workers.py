@@ -38,6 +38,7 @@ def drain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     """What it has, it finishes. Others (external consumers) may do its stage meanwhile."""
     found = _known(view, name)
     view.control.drain(name)
+    view.look_again()
     return found.model_copy(update={"drained": True})
 
 
@@ -45,12 +46,14 @@ def drain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
 def undrain(name: WorkerName, _: Submits, view: TheView) -> WorkerReply:
     found = _known(view, name)
     view.control.undrain(name)
+    view.look_again()
     return found.model_copy(update={"drained": False})
 
 
 @router.get("/timeline", summary="What every worker did lately")
 def timeline(_: Reads, view: TheView, seconds: Annotated[float, Query(gt=0, le=120)] = 60.0) -> TimelineReply:
-    """Of a run that has ended, its last seconds."""
+    """Of a run that has ended, its last seconds. A worker with a slash in its name (`generation/3`) is a lane of
+    completions, each by itself."""
     return TimelineReply(
         spans=[
             SpanReply(

@@ -6,7 +6,7 @@ import { isLive } from "./words.js";
 
 // An event source only hears the types that it is told of: those of the service, and the kinds of lines of a run.
 const EVENT_TYPES = [
-  "state", "changed", "deleted", "step", "eval", "alarm", "checkpoint", "set", "failure", "weights", "served", "resumed",
+  "state", "changed", "deleted", "step", "eval", "alarm", "checkpoint", "set", "failure", "weights", "served", "resumed", "gap",
   "end",
 ];
 const MOST_EVENTS = 2000; // kept; the service has all of them

@@ -62,7 +62,8 @@ class RunControl(Protocol):
 
     def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
         """What every worker did in the last so many seconds: `worker`, `activity`, `start`, `end` (seconds since the
-        epoch) and `cause`. Of very many pieces of time only the last ones."""
+        epoch) and `cause`; and every completion by itself, as a `worker` with a slash in its name. Of very many pieces
+        of time only the last ones."""
 
     def shares(self, seconds: float) -> Mapping[str, float]:
         """Shares of the last so many seconds, in the names of `asyncflow.report.bottleneck`."""

@@ -40,7 +40,7 @@ from asyncflow.runtime.rollout_process import RolloutProcess
 from asyncflow.runtime.samples import SampleLog
 from asyncflow.runtime.serving import ServedStore
 from asyncflow.runtime.supervisor import FailureLimit, Supervisor
-from asyncflow.runtime.timeline import Doing, TraceTimeline
+from asyncflow.runtime.timeline import Doing, TraceTimeline, as_told
 from asyncflow.store.client import Counts
 from asyncflow.store.home import HomeError
 from asyncflow.store.schema import Stage
@@ -52,9 +52,6 @@ from asyncflow.workers.side import RolloutSide, Surroundings, side_here
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped", "failed"]
-
-MOST_SPANS = 20_000
-"""Pieces of time that one answer tells of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,16 +416,7 @@ class _Run:
         self._metrics.log("set", {"undrained": worker})
 
     def timeline(self, seconds: float) -> Sequence[Mapping[str, Any]]:
-        return [
-            {
-                "worker": span.track,
-                "activity": span.name,
-                "start": span.began,
-                "end": span.ended,
-                "cause": span.args.get("cause"),
-            }
-            for span in self._timeline.recent(seconds)[-MOST_SPANS:]
-        ]
+        return as_told(self._timeline.recent(seconds))
 
     def shares(self, seconds: float) -> Mapping[str, float]:
         return self._timeline.recent_shares(seconds)

@@ -53,7 +53,8 @@ class Recent:
         """Shares of the last `seconds`, or of the time since the beginning where that is shorter, 0 to 1.
 
         `<track>/<name>` of every piece, and `<track>/wait_for/<cause>` of those of the category `activity` that have a
-        cause: the names of `asyncflow.report.bottleneck`. `under_way`: what has not ended, up to now.
+        cause: the names of `asyncflow.report.bottleneck`. Lanes, of which each completion has a piece, are left out.
+        `under_way`: what has not ended, up to now.
         """
         began = max(self._began, now - seconds)
         length = now - began
@@ -61,6 +62,8 @@ class Recent:
             return {}
         total: dict[str, float] = {}
         for piece in (*self.since(began), *under_way):
+            if "/" in piece.track:
+                continue
             part = max(0.0, min(piece.ended, now) - max(piece.began, began))
             keys = [f"{piece.track}/{piece.name}"]
             if piece.category == activity and (cause := piece.args.get("cause")):

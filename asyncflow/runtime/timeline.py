@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from asyncflow.clock import Clock, SystemClock
 from asyncflow.runtime.recent import KEPT, Piece, Recent
@@ -35,6 +35,9 @@ WORK = "work"
 """Category of all others."""
 
 MICRO = 1_000_000
+MOST_SPANS = 20_000
+MOST_OF_LANES = 4_000
+"""Spans that those who look on are told of at once: of parts, and of lanes."""
 
 END = {"ph": "i", "s": "g", "pid": 1, "tid": 0, "name": "end of this process's part"}
 """Last event of a file that was closed. Without it a closing bracket would have to follow a comma."""
@@ -230,8 +233,8 @@ class TraceTimeline:
             }
 
     def recent(self, seconds: float) -> list[Span]:
-        """The activities of the last so many seconds (at most `KEPT`) that every track was in, in the order in which
-        they began; those that go on end now."""
+        """The activities of the last so many seconds (at most `KEPT`) that every track was in, and what was done on the
+        lanes, in the order in which they began; activities that go on end now."""
         with self._lock:
             now = self._clock.monotonic()
             began = now - min(seconds, KEPT)
@@ -245,7 +248,7 @@ class TraceTimeline:
                 args=piece.args,
             )
             for piece in sorted(pieces, key=lambda piece: piece.began)
-            if piece.category == ACTIVITY
+            if piece.category == ACTIVITY or "/" in piece.track
         ]
 
     def recent_shares(self, seconds: float) -> dict[str, float]:
@@ -384,6 +387,27 @@ def _line(event: Mapping[str, Any]) -> str:
 
 def _activity(name: str) -> Activity:
     return "busy" if name == "busy" else "idle" if name == "idle" else "blocked"
+
+
+def as_told(spans: Iterable[Span]) -> list[dict[str, Any]]:
+    """Spans as those who look on are told of them (`RunControl.timeline`): activities of parts, and what was done on
+    lanes, where somebody is busy. Of very many the last ones of each."""
+    parts, lanes = deque[Span](maxlen=MOST_SPANS), deque[Span](maxlen=MOST_OF_LANES)
+    for span in spans:
+        if "/" in span.track:
+            lanes.append(span)
+        elif span.name in get_args(Activity):
+            parts.append(span)
+    return [
+        {
+            "worker": span.track,
+            "activity": "busy" if "/" in span.track else span.name,
+            "start": span.began,
+            "end": span.ended,
+            "cause": span.args.get("cause"),
+        }
+        for span in sorted((*parts, *lanes), key=lambda span: span.began)
+    ]
 
 
 def read_trace(path: Path, *, began: float = 0.0, ended: float = float("inf")) -> Iterator[Span]:
