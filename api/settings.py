@@ -24,6 +24,8 @@ class Settings:
     """Modules, with everything below them, that a configuration may name."""
     allow_paths: tuple[Path, ...] = ()
     """Folders, with everything below them, that a configuration may name."""
+    allow_models: tuple[str, ...] = ()
+    """Patterns (`fnmatch`) of Hub ids that a configuration may name."""
 
     validation_timeout: float = 120.0
     """Seconds that making a plan may take."""

@@ -32,6 +32,12 @@ def serve(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Folder from which configurations may name files; may be repeated."),
     ] = None,
+    allow_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Models of the Hub that configurations may name, such as Qwen/*; may be repeated."
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
     insecure_listen: Annotated[
@@ -60,6 +66,7 @@ def serve(
         slots=slots,
         allow_imports=tuple(allow_import or ()),
         allow_paths=tuple(path.resolve() for path in allow_path or ()),
+        allow_models=tuple(allow_model or ()),
     )
     if not (settings.loopback or settings.tls or insecure_listen):
         listener.close()
