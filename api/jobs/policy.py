@@ -1,4 +1,4 @@
-"""What a configuration that came over the network may name: code, files, addresses and models only from the allow-lists.
+"""What a configuration that came over the network may name: code, files and models only from the allow-lists.
 
 Settings that the engines get as they are (`options`) may hold numbers and plain words; anything in them that could be
 a path, an address or something to import is refused unless it is allowed.
