@@ -40,6 +40,8 @@ TOKEN_ID: Final = re.compile(r"tok_[0-9A-Za-z_-]{1,60}")
 MOST_IN_PAGE: Final = 100
 LOOK_EVERY: Final = 2.0
 """Seconds between two looks at a job that is waited for, at most."""
+PLANNED_WITHIN: Final = 150.0
+"""Seconds; the service itself gives up after 120."""
 
 Item = TypeVar("Item")
 
@@ -109,9 +111,13 @@ class Client:
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
-    def validate(self, config: Mapping[str, Any]) -> Validation:
-        """What is wrong with a configuration, or what its run would need. Starts nothing; takes some seconds."""
-        answer = self._connection.call("POST", "/v1/jobs:validate", body={"config": dict(config)})
+    def validate(self, config: Mapping[str, Any], *, timeout: float = PLANNED_WITHIN) -> Validation:
+        """What is wrong with a configuration, or what its run would need. Starts nothing.
+
+        `timeout`: seconds; for a model that is not there yet it takes minutes.
+        """
+        body = {"config": dict(config)}
+        answer = self._connection.call("POST", "/v1/jobs:validate", body=body, timeout=timeout)
         return self._connection.decode(Validation, answer)
 
     def submit(
