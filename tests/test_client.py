@@ -156,10 +156,11 @@ def test_what_the_workers_of_a_run_did_is_told(client: Client, finished: str) ->
     assert long.value.field == "query.seconds"
 
 
-def test_a_configuration_is_looked_at_and_nothing_started(client: Client) -> None:
+def test_a_configuration_is_looked_at_and_nothing_started(service: RunningService, client: Client) -> None:
     before = [job.id for job in client.jobs()]
 
-    good, bad = client.validate(tiny()), client.validate(tiny(stepps=1))
+    with client_of(service, timeout=0.1) as hasty:  # a plan has a deadline of its own, as it takes seconds
+        good, bad = hasty.validate(tiny()), hasty.validate(tiny(stepps=1))
 
     assert (good.ok, good.errors, good.config and good.config["steps"]) == (True, [], 2)
     assert good.plan
@@ -511,6 +512,33 @@ def test_help_loads_neither_the_client_nor_what_it_needs() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["token", "list"], ["workers", "job_" + "0" * 20]])
+def test_a_command_loads_what_it_needs_and_nothing_heavy(shell: Shell, command: list[str]) -> None:
+    heavy = {
+        "torch",
+        "transformers",
+        "vllm",
+        "numpy",
+        "pyarrow",
+        "pydantic",
+        "fastapi",
+        "uvicorn",
+        "asyncflow.pipeline",
+    }
+    program = (
+        "import sys\nfrom asyncflow.cli.main import app\nfrom asyncflow.errors import ServiceError\n"
+        f"try:\n    app({command!r}, standalone_mode=False)\nexcept ServiceError as error:\n    print(error)\n"
+        f"print('loaded', *sorted({heavy!r} & set(sys.modules)), 'httpx' in sys.modules)"
+    )
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(shell.home)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=DEADLINE
+    )
+
+    assert done.stdout.splitlines()[-1] == "loaded True"
 
 
 def test_a_token_is_never_an_argument(shell: Shell) -> None:
