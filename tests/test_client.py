@@ -51,10 +51,12 @@ def finished(client: Client) -> str:
 
 
 @pytest.fixture(scope="module")
-def endless(client: Client) -> Iterator[str]:
-    """A job that goes on until the tests are over."""
-    job = client.submit(ENDLESS, name="endless")
+def resting(client: Client) -> Iterator[str]:
+    """A job that has begun and rests until the tests are over."""
+    job = client.submit(ENDLESS, name="resting")
     assert client.wait(job.id, timeout=DEADLINE, states=["running"]).state == "running"
+    client.pause(job.id)
+    assert client.wait(job.id, timeout=DEADLINE, states=["paused"]).state == "paused"
     yield job.id
     client.cancel(job.id)
 
@@ -133,15 +135,15 @@ def test_a_job_rests_goes_on_takes_another_bound_and_is_cancelled(client: Client
     assert over.value.code == "illegal_state"
 
 
-def test_a_worker_is_drained_and_goes_on(client: Client, endless: str) -> None:
-    drained = client.drain(endless, "reward")
+def test_a_worker_is_drained_and_goes_on(client: Client, resting: str) -> None:
+    drained = client.drain(resting, "reward")
     assert (drained.name, drained.drained) == ("reward", True)
-    assert {worker.name for worker in client.workers(endless) if worker.drained} == {"reward"}
+    assert {worker.name for worker in client.workers(resting) if worker.drained} == {"reward"}
     with pytest.raises(ServiceError, match="its workers are") as unknown:
-        client.drain(endless, "no such one?")
+        client.drain(resting, "no such one?")
 
-    assert not client.undrain(endless, "reward").drained
-    assert not any(worker.drained for worker in client.workers(endless))
+    assert not client.undrain(resting, "reward").drained
+    assert not any(worker.drained for worker in client.workers(resting))
     assert unknown.value.code == "no_such_worker"
 
 
@@ -168,13 +170,13 @@ def test_a_configuration_is_looked_at_and_nothing_started(service: RunningServic
     assert [job.id for job in client.jobs()] == before
 
 
-def test_the_report_is_one_page_once_the_run_has_ended(client: Client, finished: str, endless: str) -> None:
+def test_the_report_is_one_page_once_the_run_has_ended(client: Client, finished: str, resting: str) -> None:
     page = client.report(finished)
 
     assert page.startswith("<!doctype html>")
     assert "</html>" in page[-20:]
     with pytest.raises(ServiceError) as early:
-        client.report(endless)
+        client.report(resting)
     assert early.value.code == "no_report"
 
 
@@ -393,12 +395,12 @@ def test_what_a_run_did_is_shown_for_people_and_for_programs(
     assert "--output" in shell("report", finished, "--output", str(tmp_path / "none" / "x"), exits=2)
 
 
-def test_a_worker_is_drained_by_a_command(client: Client, shell: Shell, endless: str) -> None:
-    assert "reward" in shell("workers", endless)
-    assert shell("drain", endless, "reward").split()[:2] == ["reward", "drained"]
-    assert {worker.name for worker in client.workers(endless) if worker.drained} == {"reward"}
-    assert json.loads(shell("undrain", endless, "reward", "--json"))["drained"] is False
-    assert "its workers are" in shell("drain", endless, "nobody", exits=2)
+def test_a_worker_is_drained_by_a_command(client: Client, shell: Shell, resting: str) -> None:
+    assert "reward" in shell("workers", resting)
+    assert shell("drain", resting, "reward").split()[:2] == ["reward", "drained"]
+    assert {worker.name for worker in client.workers(resting) if worker.drained} == {"reward"}
+    assert json.loads(shell("undrain", resting, "reward", "--json"))["drained"] is False
+    assert "its workers are" in shell("drain", resting, "nobody", exits=2)
 
 
 def test_a_configuration_is_validated_by_a_command(shell: Shell, tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def test_tokens_are_looked_after_by_commands(service: RunningService, shell: She
     assert "Invalid value" in shell("token", "make", "x", "--scope", "root", exits=2)
 
 
-def test_changes_of_all_jobs_are_followed_by_a_command(client: Client, shell: Shell, endless: str) -> None:
+def test_changes_of_all_jobs_are_followed_by_a_command(client: Client, shell: Shell, resting: str) -> None:
     for options in ((), ("--json",)):
         following = shell.start("jobs", "-f", *options)
         lines: list[str] = []
@@ -440,14 +442,14 @@ def test_changes_of_all_jobs_are_followed_by_a_command(client: Client, shell: Sh
         reader = threading.Thread(target=read)
         reader.start()
         # It tells what comes from now on, and nobody knows when that begins.
-        wait_until(lambda lines=lines: client.change(endless, labels={"a": "b"}).ended or bool(lines))  # type: ignore[misc]
+        wait_until(lambda lines=lines: client.change(resting, labels={"a": "b"}).ended or bool(lines))  # type: ignore[misc]
         reader.join(DEADLINE)
         following.send_signal(signal.SIGINT)
         following.communicate(timeout=DEADLINE)
 
         assert following.returncode == 130
         told = json.loads(lines[0])["job_id"] if options else lines[0].split()[0]
-        assert told == endless
+        assert told == resting
     assert "--state" in shell("jobs", "-f", "--state", "running", exits=2)
 
 
