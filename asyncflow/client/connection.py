@@ -83,7 +83,8 @@ class Connection:
     ) -> Answer:
         """The answer. Raises ServiceError, or ServiceUnreachable after `patience` seconds.
 
-        `timeout`: seconds, with all repeats; None takes the connection's. `params`: None values and empty lists are left out. `repeat`: whether doing it twice is the same as once.
+        `params`: None values and empty lists are left out. `repeat`: whether doing it twice is the same as once.
+        `timeout`: seconds, with all repeats; None takes the connection's.
         """
         request: dict[str, Any] = {"params": _given(params), "headers": dict(headers or {})}
         if body is not None:
