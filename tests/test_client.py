@@ -518,17 +518,8 @@ def test_help_loads_neither_the_client_nor_what_it_needs() -> None:
 
 @pytest.mark.parametrize("command", [["jobs"], ["token", "list"], ["workers", "job_" + "0" * 20]])
 def test_a_command_loads_what_it_needs_and_nothing_heavy(shell: Shell, command: list[str]) -> None:
-    heavy = {
-        "torch",
-        "transformers",
-        "vllm",
-        "numpy",
-        "pyarrow",
-        "pydantic",
-        "fastapi",
-        "uvicorn",
-        "asyncflow.pipeline",
-    }
+    # Not pydantic, with which Typer reads arguments.
+    heavy = {"torch", "transformers", "vllm", "numpy", "pyarrow", "fastapi", "uvicorn", "asyncflow.pipeline"}
     program = (
         "import sys\nfrom asyncflow.cli.main import app\nfrom asyncflow.errors import ServiceError\n"
         f"try:\n    app({command!r}, standalone_mode=False)\nexcept ServiceError as error:\n    print(error)\n"
