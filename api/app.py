@@ -37,6 +37,7 @@ from asyncflow_api.routes import jobs as jobs_routes
 from asyncflow_api.runs import Runs
 from asyncflow_api.settings import Settings
 from asyncflow_api.watch import Watches
+from asyncflow_api.yaml_bodies import YamlBodies
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -93,6 +94,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
     )
     app.state.measures = CollectorRegistry()
     problems.install(app)
+    app.add_middleware(YamlBodies)
     app.add_middleware(Limits, settings=settings, clock=clock)
     app.add_middleware(Authentication, settings=settings, tokens=lambda: app.state.tokens, clock=clock)
     app.add_middleware(Durations, registry=app.state.measures)

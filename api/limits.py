@@ -84,7 +84,7 @@ class Limits:
             return
         finally:
             self._held -= held.bytes
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, replay(body, receive), send)
 
     def _check_head(self, scope: Scope) -> None:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_TARGET:
@@ -166,7 +166,7 @@ def too_large(most: int) -> Problem:
     return Problem(413, "too_large", f"this body may have {most} bytes: send less at a time", field="body")
 
 
-def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:
+def replay(body: bytes, receive: Receive) -> Callable[[], Any]:
     """What was received, once; after that, whether the client is still there."""
     told = False
 

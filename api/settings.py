@@ -24,6 +24,8 @@ class Settings:
     """Modules, with everything below them, that a configuration may name."""
     allow_paths: tuple[Path, ...] = ()
     """Folders, with everything below them, that a configuration may name."""
+    allow_models: tuple[str, ...] = ()
+    """Patterns (`fnmatch`) of Hub ids that a configuration may name."""
 
     allow_options: tuple[str, ...] = ()
     """Settings of vLLM that a configuration may choose, beside those that everybody may (`jobs.policy`)."""

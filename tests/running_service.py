@@ -35,6 +35,16 @@ ENDLESS = tiny(steps=1_000_000, rollout={"engine": "fake", "max_concurrency": 16
 """A sixth of a second for a step: it leaves the processors to others."""
 
 
+def end_jobs(home: Path) -> None:
+    """End every job that goes on in the home of a service that has ended."""
+    for file in home.glob("jobs/*/started.json"):
+        for line in file.read_text().splitlines():
+            started = json.loads(line)
+            with suppress(psutil.Error, ProcessLookupError):
+                if Started(**started).process() is not None:
+                    os.killpg(started["pid"], signal.SIGKILL)
+
+
 class RunningService:
     """`asyncflow serve` on a home of its own."""
 
@@ -92,12 +102,7 @@ class RunningService:
         self.process.kill()
         self.process.wait(DEADLINE)
         self.close_client()
-        for file in self.home.glob("jobs/*/started.json"):
-            for line in file.read_text().splitlines():
-                started = json.loads(line)
-                with suppress(psutil.Error, ProcessLookupError):
-                    if Started(**started).process() is not None:
-                        os.killpg(started["pid"], signal.SIGKILL)
+        end_jobs(self.home)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,17 @@ def finished(client: Client) -> str:
     return job.id
 
 
+@pytest.fixture(scope="module")
+def resting(client: Client) -> Iterator[str]:
+    """A job that has begun and rests until the tests are over."""
+    job = client.submit(ENDLESS, name="resting")
+    assert client.wait(job.id, timeout=DEADLINE, states=["running"]).state == "running"
+    client.pause(job.id)
+    assert client.wait(job.id, timeout=DEADLINE, states=["paused"]).state == "paused"
+    yield job.id
+    client.cancel(job.id)
+
+
 # -- the client --------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +133,97 @@ def test_a_job_rests_goes_on_takes_another_bound_and_is_cancelled(client: Client
     with pytest.raises(ServiceError, match="cancelled") as over:
         client.pause(job.id)
     assert over.value.code == "illegal_state"
+
+
+def test_a_worker_is_drained_and_goes_on(client: Client, resting: str) -> None:
+    drained = client.drain(resting, "reward")
+    assert (drained.name, drained.drained) == ("reward", True)
+    assert {worker.name for worker in client.workers(resting) if worker.drained} == {"reward"}
+    with pytest.raises(ServiceError, match="its workers are") as unknown:
+        client.drain(resting, "no such one?")
+
+    assert not client.undrain(resting, "reward").drained
+    assert not any(worker.drained for worker in client.workers(resting))
+    assert unknown.value.code == "no_such_worker"
+
+
+def test_what_the_workers_of_a_run_did_is_told(client: Client, finished: str) -> None:
+    spans = client.timeline(finished, seconds=120)
+
+    assert {"rollout", "actor_update"} <= {span.worker for span in spans}
+    assert {span.activity for span in spans} <= {"busy", "idle", "blocked"}
+    assert all(span.start <= span.end for span in spans)
+    with pytest.raises(ServiceError) as long:
+        client.timeline(finished, seconds=121)
+    assert long.value.field == "query.seconds"
+
+
+def test_a_configuration_is_looked_at_and_nothing_started(service: RunningService, client: Client) -> None:
+    before = [job.id for job in client.jobs()]
+
+    with client_of(service, timeout=0.1) as hasty:  # a plan has a deadline of its own, as it takes seconds
+        good, bad = hasty.validate(tiny()), hasty.validate(tiny(stepps=1))
+
+    assert (good.ok, good.errors, good.config and good.config["steps"]) == (True, [], 2)
+    assert good.plan
+    assert (bad.ok, bad.config, [one.field for one in bad.errors]) == (False, None, ["stepps"])
+    assert [job.id for job in client.jobs()] == before
+
+
+def test_the_report_is_one_page_once_the_run_has_ended(client: Client, finished: str, resting: str) -> None:
+    page = client.report(finished)
+
+    assert page.startswith("<!doctype html>")
+    assert "</html>" in page[-20:]
+    with pytest.raises(ServiceError) as early:
+        client.report(resting)
+    assert early.value.code == "no_report"
+
+
+def test_tokens_are_made_listed_and_taken_back(service: RunningService, client: Client) -> None:
+    made = client.make_token("for a while", "read", expires_in=3600)
+    listed = {token.id: token for token in client.tokens()}
+    with Client(service.address["url"], made.token) as reader:
+        assert (reader.me().name, reader.me().scope) == ("for a while", "read")
+        with pytest.raises(ServiceError) as small:
+            next(reader.tokens())
+        client.revoke_token(made.id)
+        with pytest.raises(ServiceError) as gone:
+            reader.me()
+
+    assert made.expires_at is not None
+    assert (made.expires_at - made.created_at).total_seconds() == pytest.approx(3600, abs=0.01)
+    assert (listed[made.id].name, listed[made.id].scope) == ("for a while", "read")
+    assert (small.value.code, gone.value.status) == ("scope_too_small", 401)
+    assert made.id not in {token.id for token in client.tokens()}
+    with pytest.raises(ServiceError, match="no such token"):
+        client.revoke_token(made.id)
+    with pytest.raises(UserError, match="asyncflow token list"):
+        client.revoke_token("../jobs")
+
+
+def test_changes_of_all_jobs_are_told_to_their_deletion(client: Client) -> None:
+    job = client.submit(tiny(steps=1), name="to-go")
+    client.cancel(job.id)
+    ended = client.wait(job.id, timeout=DEADLINE)
+    with pytest.raises(ServiceError) as stale:
+        client.delete(job.id, revision=ended.revision - 1)
+    client.delete(job.id, revision=ended.revision)
+
+    told = []
+    for change in client.follow_jobs(after="0"):
+        told.append(change)
+        if (change.job_id, change.job) == (job.id, None):
+            break
+
+    assert stale.value.code == "changed"
+    assert [int(change.id) for change in told] == sorted({int(change.id) for change in told})
+    others = [change.job for change in told[:-1] if change.job is not None and change.job.name != "to-go"]
+    assert others
+    assert all(other.config is None for other in others)
+    with pytest.raises(ServiceError) as gone:
+        client.job(job.id)
+    assert gone.value.code == "no_such_job"
 
 
 def test_the_same_key_is_the_same_job(client: Client) -> None:
@@ -271,13 +373,93 @@ def test_everything_about_a_job_is_shown_for_people_and_for_programs(
     assert json.loads(shell("sample", "trace", finished, str(brief.id), "--json"))["id"] == brief.id
 
 
+def test_what_a_run_did_is_shown_for_people_and_for_programs(
+    client: Client, shell: Shell, finished: str, tmp_path: Path
+) -> None:
+    best = max(client.samples(finished, state="trained"), key=lambda brief: brief.reward or 0.0)
+    options = ("--state", "trained", "--min-reward", str(best.reward), "--limit", "1")
+
+    (line,) = shell("samples", finished, *options).splitlines()
+    assert line.split()[1] == "trained"
+    (sample,) = json.loads(shell("samples", finished, *options, "--json"))
+    assert (sample["state"], sample["reward"]) == ("trained", best.reward)
+    assert "step-000002  version 0.2" in shell("checkpoints", finished)
+    assert json.loads(shell("checkpoints", finished, "--json"))[0]["step"] == 2
+    spans = json.loads(shell("timeline", finished, "--seconds", "120", "--json"))
+    assert len(shell("timeline", finished, "--seconds", "120").splitlines()) == len(spans) > 0
+    assert shell("workers", finished) == ""
+    assert json.loads(shell("workers", finished, "--json")) == []
+    file = tmp_path / "report.html"
+    assert shell("report", finished, "--output", str(file)).strip() == str(file)
+    assert file.read_text() == client.report(finished)
+    assert "--output" in shell("report", finished, "--output", str(tmp_path / "none" / "x"), exits=2)
+
+
+def test_a_worker_is_drained_by_a_command(client: Client, shell: Shell, resting: str) -> None:
+    assert "reward" in shell("workers", resting)
+    assert shell("drain", resting, "reward").split()[:2] == ["reward", "drained"]
+    assert {worker.name for worker in client.workers(resting) if worker.drained} == {"reward"}
+    assert json.loads(shell("undrain", resting, "reward", "--json"))["drained"] is False
+    assert "its workers are" in shell("drain", resting, "nobody", exits=2)
+
+
+def test_a_configuration_is_validated_by_a_command(shell: Shell, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny()))
+
+    assert "model" in shell("validate", str(config))
+    assert json.loads(shell("validate", str(config), "--set", "steps=3", "--json"))["config"]["steps"] == 3
+    assert "did you mean steps" in shell("validate", str(config), "--set", "stepps=3", exits=2)
+    assert "name one that exists" in shell("validate", str(tmp_path / "none.yaml"), exits=2)
+
+
+def test_tokens_are_looked_after_by_commands(service: RunningService, shell: Shell, tmp_path: Path) -> None:
+    token = shell("token", "make", "ci", "--scope", "submit").strip()
+    other = Shell(tmp_path)
+    assert "ci, who may submit" in other("login", service.address["url"], "--token-file", "-", stdin=token)
+    assert "scope admin" in other("token", "list", exits=2)
+    (line,) = [line for line in shell("token", "list").splitlines() if line.endswith("ci")]
+    token_id = line.split()[0]
+    assert token_id in {one["id"] for one in json.loads(shell("token", "list", "--json"))}
+    made = json.loads(shell("token", "make", "x", "--expires-in", "60", "--json"))
+    assert made["scope"] == "read"
+
+    assert shell("token", "revoke", token_id) == ""
+    assert json.loads(shell("token", "revoke", made["id"], "--json")) == {"id": made["id"], "revoked": True}
+    assert "token" in other("jobs", exits=2)
+    assert "Invalid value" in shell("token", "make", "x", "--scope", "root", exits=2)
+
+
+def test_changes_of_all_jobs_are_followed_by_a_command(client: Client, shell: Shell, resting: str) -> None:
+    for options in ((), ("--json",)):
+        following = shell.start("jobs", "-f", *options)
+        lines: list[str] = []
+
+        def read(following: subprocess.Popen[str] = following, lines: list[str] = lines) -> None:
+            assert following.stdout is not None
+            lines.append(following.stdout.readline())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        # It tells what comes from now on, and nobody knows when that begins.
+        wait_until(lambda lines=lines: client.change(resting, labels={"a": "b"}).ended or bool(lines))  # type: ignore[misc]
+        reader.join(DEADLINE)
+        following.send_signal(signal.SIGINT)
+        following.communicate(timeout=DEADLINE)
+
+        assert following.returncode == 130
+        told = json.loads(lines[0])["job_id"] if options else lines[0].split()[0]
+        assert told == resting
+    assert "--state" in shell("jobs", "-f", "--state", "running", exits=2)
+
+
 def test_the_commands_for_runs_steer_jobs_too(client: Client, shell: Shell, tmp_path: Path) -> None:
     job = client.submit(ENDLESS)
     client.wait(job.id, timeout=DEADLINE, states=["running"])
 
-    shell("pause", job.id)
+    assert json.loads(shell("pause", job.id, "--json"))["state"] == "pausing"
     client.wait(job.id, timeout=DEADLINE, states=["paused"])
-    shell("set", job.id, "max_staleness=4")
+    assert json.loads(shell("set", job.id, "max_staleness=4", "--json"))["max_staleness"] == 4
     assert client.job(job.id).max_staleness == 4
     assert "--resume-from" in shell("resume", job.id, "--set", "steps=3", exits=2)
     shell("resume", job.id)
@@ -286,7 +468,7 @@ def test_the_commands_for_runs_steer_jobs_too(client: Client, shell: Shell, tmp_
     assert waiting.communicate(timeout=DEADLINE)[1].endswith("wait longer\n")
     assert waiting.returncode == 2
     run_dir = client.job(job.id).run_dir
-    shell("cancel", run_dir)  # a path goes to the run
+    assert json.loads(shell("cancel", run_dir, "--json")) == {"run_dir": run_dir, "done": "cancel"}  # goes to the run
     assert client.wait(job.id, timeout=DEADLINE).state == "cancelled"
     assert "cancelled" in shell("pause", job.id, exits=2)
     assert str(tmp_path) in shell("pause", str(tmp_path / "none"), exits=2)
@@ -332,6 +514,24 @@ def test_help_loads_neither_the_client_nor_what_it_needs() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["token", "list"], ["workers", "job_" + "0" * 20]])
+def test_a_command_loads_what_it_needs_and_nothing_heavy(shell: Shell, command: list[str]) -> None:
+    # Not pydantic, with which Typer reads arguments.
+    heavy = {"torch", "transformers", "vllm", "numpy", "pyarrow", "fastapi", "uvicorn", "asyncflow.pipeline"}
+    program = (
+        "import sys\nfrom asyncflow.cli.main import app\nfrom asyncflow.errors import ServiceError\n"
+        f"try:\n    app({command!r}, standalone_mode=False)\nexcept ServiceError as error:\n    print(error)\n"
+        f"print('loaded', *sorted({heavy!r} & set(sys.modules)), 'httpx' in sys.modules)"
+    )
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(shell.home)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, timeout=DEADLINE
+    )
+
+    assert done.stdout.splitlines()[-1] == "loaded True"
 
 
 def test_a_token_is_never_an_argument(shell: Shell) -> None:

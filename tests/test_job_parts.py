@@ -409,7 +409,34 @@ def test_what_they_cover_is_let_through(tmp_path: Path) -> None:
     )
 
     assert refusals(parse_config(config), settings) == []
-    assert refusals(parse_config(tiny(model="Qwen/Qwen2.5-0.5B")), settings) == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "model", "allowed"),
+    [
+        ((), "Qwen/Qwen2.5-0.5B", False),
+        ((), "smollm2-135m", True),
+        (("Qwen/*",), "Qwen/Qwen2.5-0.5B", True),
+        (("Qwen/*",), "qwen/Qwen2.5-0.5B", False),
+        (("Qwen/*",), "Qwenx/Qwen2.5-0.5B", False),
+        (("org/one", "Qwen/*-0.5B"), "Qwen/Qwen2.5-0.5B", True),
+        (("org/one", "Qwen/*-0.5B"), "Qwen/Qwen2.5-7B", False),
+        (("*",), "any/model", True),
+        (("*",), "../up", False),
+        (("*",), "http://any/model", False),
+        (("*",), "/etc", False),
+    ],
+)
+def test_a_model_of_the_hub_is_one_that_the_service_allows(
+    tmp_path: Path, patterns: tuple[str, ...], model: str, allowed: bool
+) -> None:
+    settings = Settings(home=tmp_path, allow_models=patterns)
+    reference = {"engine": "torch", "model": model}
+
+    assert (refusals(parse_config(tiny(model=model)), settings) == []) is allowed
+    found = refusals(parse_config(tiny(model="tiny", reference=reference)), settings)
+    assert [one.field for one in found] == ([] if allowed else ["reference.model"])
+    assert all("--allow-" in one.message or "no path" in one.message for one in found)
 
 
 def test_what_looks_like_a_file_in_an_allowed_folder_is_no_way_to_import(

@@ -1,4 +1,4 @@
-"""What a configuration that came over the network may name: code, files and addresses only from the allow-lists.
+"""What a configuration that came over the network may name: code, files and models only from the allow-lists.
 
 Settings that the engines get as they are (`options`) may hold numbers and plain words; anything in them that could be
 a path, an address or something to import is refused unless it is allowed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,9 +142,15 @@ def _named_code(key: str, name: str, settings: Settings) -> Found:
 def _model(key: str, name: str, settings: Settings) -> Found:
     if name in MODELS:
         return
-    if HUB_ID.fullmatch(name) and ".." not in name and not Path(name).exists():
-        return  # of the one hub that the machine is set up for
-    yield from _path(key, name, settings)
+    if not HUB_ID.fullmatch(name) or ".." in name or Path(name).exists():
+        yield from _path(key, name, settings)
+    elif not any(fnmatchcase(name, pattern) for pattern in settings.allow_models):
+        # It would come from the hub of the machine's choice, but fill its disk and be loaded by its libraries.
+        yield (
+            key,
+            f"{key}: this service does not download {_short(name)}: use a short name ({', '.join(MODELS)}), or have it "
+            f"started with --allow-model {_short(name)}",
+        )
 
 
 def _path(key: str, name: str, settings: Settings, also: Sequence[Path] = ()) -> Found:

@@ -20,6 +20,7 @@ from asyncflow_api.schemas import (
     ValidateJob,
     ValidationBody,
 )
+from asyncflow_api.yaml_bodies import REQUEST_BODY
 from fastapi import APIRouter, Header, Query, Response
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -29,7 +30,7 @@ IfMatch = Annotated[
 ]
 
 
-@router.post("/jobs", status_code=201)
+@router.post("/jobs", status_code=201, openapi_extra=REQUEST_BODY)
 def submit(
     body: SubmitJob, response: Response, jobs: TheJobs, caller: Submits, idempotency_key: IdempotencyKey = None
 ) -> Job:
@@ -43,7 +44,7 @@ def submit(
     return served(jobs, row, response)
 
 
-@router.post("/jobs:validate")
+@router.post("/jobs:validate", openapi_extra=REQUEST_BODY)
 def validate(body: ValidateJob, jobs: TheJobs, _: Submits) -> ValidationBody:
     """Say what is wrong with a configuration, or what its run would need. Starts nothing; takes some seconds."""
     found = jobs.validate(body.config)

@@ -42,6 +42,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and start nothing.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what goes wrong.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As one JSON object.")]
 RunDir = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
 Target = Annotated[
     str,
@@ -71,10 +72,12 @@ def run(
 @app.command()
 def resume(
     target: Target,
+    *,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option("--from", help="Step of the checkpoint; without it, the last.")] = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a job: as one JSON object.")] = False,
 ) -> None:
     """Go on with a run that was stopped or killed, from its last checkpoint; or with a job that was paused."""
     if service.is_job(target):
@@ -83,8 +86,10 @@ def resume(
                 "a paused job goes on as it is: leave --set, --from and --dry-run out; a job that has ended goes on "
                 f"with asyncflow submit --resume-from {target}"
             )
-        service.steer(target, "resume")
+        service.steer(target, "resume", as_json=as_json)
         return
+    if as_json:
+        raise UserError("--json says what a job is: leave it out for a run directory")
     _log(verbose)
     from asyncflow.launch import prepare_resume
 
@@ -112,9 +117,7 @@ def _log(verbose: bool) -> None:
 
 
 @app.command()
-def status(
-    run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False
-) -> None:
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
     """Say where a run is that goes on."""
     from asyncflow.cli.progress import print_status
     from asyncflow.runtime.control import ControlClient
@@ -127,14 +130,15 @@ def status(
 
 
 @app.command()
-def pause(target: Target) -> None:
+def pause(target: Target, as_json: AsJson = False) -> None:
     """Let a run or a job start nothing new; what it has is finished and kept."""
     if service.is_job(target):
-        service.steer(target, "pause")
+        service.steer(target, "pause", as_json=as_json)
         return
     from asyncflow.runtime.control import ControlClient
 
     ControlClient(Path(target)).pause()
+    _done(target, "pause", as_json)
 
 
 @app.command(name="resume-run")
@@ -154,12 +158,13 @@ def stop(run_dir: RunDir) -> None:
 
 
 @app.command()
-def cancel(target: Target) -> None:
+def cancel(target: Target, as_json: AsJson = False) -> None:
     """End a job; a run is stopped in order, as by stop."""
     if service.is_job(target):
-        service.steer(target, "cancel")
+        service.steer(target, "cancel", as_json=as_json)
         return
     stop(Path(target))
+    _done(target, "cancel", as_json)
 
 
 @app.command(name="set")
@@ -169,10 +174,11 @@ def set_(
         str,
         typer.Argument(help="max_staleness=N; of a job also priority=N", metavar="KEY=VALUE", show_default=False),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Change max_staleness of a run or a job while it goes on, or the priority of a job."""
     if service.is_job(target):
-        service.change(target, setting)
+        service.change(target, setting, as_json=as_json)
         return
     from asyncflow.runtime.control import ControlClient
 
@@ -180,6 +186,12 @@ def set_(
     if key != "max_staleness" or not value.lstrip("-").isdecimal():
         raise ControlError(f"{setting} cannot be set while a run goes on: write max_staleness=N, N a whole number")
     ControlClient(Path(target)).set_max_staleness(int(value))
+    _done(target, setting, as_json)
+
+
+def _done(target: str, wish: str, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run_dir": target, "done": wish}))
 
 
 @app.command()
@@ -214,11 +226,21 @@ def replay(
 
 
 @app.command()
-def report(run_dir: RunDir) -> None:
-    """Write a run's report.html again."""
+def report(
+    target: Target,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of a job: where to write it, instead of JOB.html.")
+    ] = None,
+) -> None:
+    """Write a run's report.html again, or fetch that of a job that has ended; prints where it is."""
+    if service.is_job(target):
+        typer.echo(service.report(target, output))
+        return
+    if output is not None:
+        raise UserError("the report of a run lies in its directory: leave --output out")
     from asyncflow.report.page import write_report
 
-    typer.echo(write_report(run_dir))
+    typer.echo(write_report(Path(target)))
 
 
 @app.command()

@@ -36,6 +36,12 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Further setting of vLLM that configurations may choose; may be repeated."),
     ] = None,
+    allow_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Models of the Hub that configurations may name, such as Qwen/*; may be repeated."
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")] = None,
     insecure_listen: Annotated[
@@ -65,6 +71,7 @@ def serve(
         allow_imports=tuple(allow_import or ()),
         allow_paths=tuple(path.resolve() for path in allow_path or ()),
         allow_options=tuple(allow_option or ()),
+        allow_models=tuple(allow_model or ()),
     )
     if not (settings.loopback or settings.tls or insecure_listen):
         listener.close()

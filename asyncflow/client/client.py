@@ -7,30 +7,41 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 from asyncflow.client import login
 from asyncflow.client.connection import Connection
 from asyncflow.client.models import (
     ENDED,
+    AccessToken,
     Checkpoint,
     Engine,
     Event,
     Identity,
     Job,
+    JobChange,
     Metrics,
+    NewAccessToken,
     Page,
     Queue,
     Sample,
     SampleBrief,
+    Span,
+    Timeline,
+    Validation,
     Worker,
 )
 from asyncflow.client.streams import follow
 from asyncflow.errors import ServiceError, UserError
 
+DELETED: Final = "deleted"
 JOB_ID: Final = re.compile(r"job_[0-9A-Za-z_-]{1,64}")
+TOKEN_ID: Final = re.compile(r"tok_[0-9A-Za-z_-]{1,60}")
 MOST_IN_PAGE: Final = 100
 LOOK_EVERY: Final = 2.0
 """Seconds between two looks at a job that is waited for, at most."""
+PLANNED_WITHIN: Final = 150.0
+"""Seconds; the service itself gives up after 120."""
 
 Item = TypeVar("Item")
 
@@ -76,7 +87,38 @@ class Client:
         """Who calls, and what they may."""
         return self._connection.get(Identity, "/v1/me")
 
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> Iterator[AccessToken]:
+        """Every token that holds or has expired, the oldest first. Needs the scope `admin`, as do the next two."""
+        return self._pages(Page[AccessToken], "/v1/tokens", {})
+
+    def make_token(self, name: str, scope: str, *, expires_in: int | None = None) -> NewAccessToken:
+        """A new token of the scope `read`, `submit` or `admin`, which holds for `expires_in` seconds, or for ever.
+
+        It is not repeated once it may have arrived, as there would be two then.
+        """
+        body = {"name": name, "scope": scope, "expires_in": expires_in}
+        return self._connection.decode(
+            NewAccessToken, self._connection.call("POST", "/v1/tokens", body=body, repeat=False)
+        )
+
+    def revoke_token(self, token_id: str) -> None:
+        """Take a token back, with the sessions of browsers that it began. Not repeated once it may have arrived."""
+        if TOKEN_ID.fullmatch(token_id) is None:
+            raise UserError(f"{token_id!r} is not the id of a token: `asyncflow token list` shows them")
+        self._connection.call("DELETE", f"/v1/tokens/{token_id}", repeat=False)
+
     # -- jobs ----------------------------------------------------------------------------------------------------------
+
+    def validate(self, config: Mapping[str, Any], *, timeout: float = PLANNED_WITHIN) -> Validation:
+        """What is wrong with a configuration, or what its run would need. Starts nothing.
+
+        `timeout`: seconds; for a model that is not there yet it takes minutes.
+        """
+        body = {"config": dict(config)}
+        answer = self._connection.call("POST", "/v1/jobs:validate", body=body, timeout=timeout)
+        return self._connection.decode(Validation, answer)
 
     def submit(
         self,
@@ -103,6 +145,19 @@ class Client:
         """Jobs, the newest first, without `config` and `summary`: in one of the states, with all labels (`name=value`,
         or `name`)."""
         return self._pages(Page[Job], "/v1/jobs", {"state": list(states), "label": list(labels)})
+
+    def follow_jobs(self, *, after: str | None = None) -> Iterator[JobChange]:
+        """What changes in any of the jobs from now on (or after the change of an id), without an end.
+
+        Goes on over disconnects and restarts of the service. Several changes of one job may be told as one.
+        """
+        for message in follow(self._connection, "/v1/events", after=after):
+            if message.event == DELETED:
+                job, job_id = None, str(self._connection.decode(dict[str, Any], message.data).get("id", ""))
+            else:
+                job = self._connection.decode(Job, message.data)
+                job_id = job.id
+            yield JobChange(id=message.id or "", job_id=job_id, job=job)
 
     def job(self, job_id: str) -> Job:
         """A job as it is now."""
@@ -155,6 +210,14 @@ class Client:
         answer = self._connection.call("PATCH", _of(job_id), body=body, headers=headers, repeat=revision is None)
         return self._connection.decode(Job, answer)
 
+    def delete(self, job_id: str, *, revision: int | None = None) -> None:
+        """Forget a job that has ended, with everything that it wrote. `revision`: as in `change`.
+
+        Not repeated once it may have arrived: a job that it has deleted would look like one that never was.
+        """
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        self._connection.call("DELETE", _of(job_id), headers=headers, repeat=False)
+
     # -- what a job says -----------------------------------------------------------------------------------------------
 
     def events(self, job_id: str, *, after: str | None = None) -> Iterator[Event]:
@@ -187,6 +250,10 @@ class Client:
         for message in follow(self._connection, f"{_of(job_id)}/logs", {"tail": tail}):
             yield str(self._connection.decode(dict[str, Any], message.data).get("text", ""))
 
+    def report(self, job_id: str) -> str:
+        """The report of a run that has ended: one page of HTML. ServiceError (`no_report`) where there is none."""
+        return self._connection.call("GET", f"{_of(job_id)}/report").content.decode(errors="replace")
+
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
         """Complete checkpoints of its run, oldest first."""
         return self._pages(Page[Checkpoint], f"{_of(job_id)}/checkpoints", {})
@@ -200,6 +267,18 @@ class Client:
     def workers(self, job_id: str) -> list[Worker]:
         """What every worker does; empty for a run that does not go on."""
         return self._connection.get(Page[Worker], f"{_of(job_id)}/workers").data
+
+    def drain(self, job_id: str, worker: str) -> Worker:
+        """Let a worker of a live run start nothing new and finish what it has; others may do its stage meanwhile."""
+        return self._steer(job_id, worker, "drain")
+
+    def undrain(self, job_id: str, worker: str) -> Worker:
+        """Let it go on."""
+        return self._steer(job_id, worker, "undrain")
+
+    def timeline(self, job_id: str, *, seconds: float = 60.0) -> list[Span]:
+        """What every worker did in the last seconds (120 at most) of a run, which may have ended."""
+        return self._connection.get(Timeline, f"{_of(job_id)}/timeline", {"seconds": seconds}).spans
 
     def engines(self, job_id: str) -> list[Engine]:
         """What every rollout engine serves; empty for a run that does not go on."""
@@ -237,6 +316,10 @@ class Client:
     def _wish(self, job_id: str, wish: str) -> Job:
         # Wishing it twice is the same as once.
         return self._connection.decode(Job, self._connection.call("POST", f"{_of(job_id)}/{wish}"))
+
+    def _steer(self, job_id: str, worker: str, wish: str) -> Worker:
+        path = f"{_of(job_id)}/workers/{quote(worker, safe='')}/{wish}"
+        return self._connection.decode(Worker, self._connection.call("POST", path))
 
     def _pages(self, type_: type[Page[Item]], path: str, query: Mapping[str, Any]) -> Iterator[Item]:
         cursor = None

@@ -79,17 +79,19 @@ class Connection:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         repeat: bool = True,
+        timeout: float | None = None,
     ) -> Answer:
-        """The answer, within `timeout` seconds. Raises ServiceError, or ServiceUnreachable after `patience` seconds.
+        """The answer. Raises ServiceError, or ServiceUnreachable after `patience` seconds.
 
         `params`: None values and empty lists are left out. `repeat`: whether doing it twice is the same as once.
+        `timeout`: seconds, with all repeats; None takes the connection's.
         """
         request: dict[str, Any] = {"params": _given(params), "headers": dict(headers or {})}
         if body is not None:
             request["content"] = _json(body)
             request["headers"]["Content-Type"] = "application/json"
         began, pause = time.monotonic(), FIRST_PAUSE
-        until = began + self.timeout
+        until = began + (self.timeout if timeout is None else timeout)
         while True:
             wait = pause
             try:

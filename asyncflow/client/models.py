@@ -34,6 +34,24 @@ class Identity(Value, frozen=True, kw_only=True):
     expires_at: datetime | None
 
 
+class AccessToken(Value, frozen=True, kw_only=True):
+    """A token of the service, without its text."""
+
+    id: str
+    name: str
+    scope: str
+    """`read`, `submit` or `admin`."""
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class NewAccessToken(AccessToken, frozen=True, kw_only=True):
+    """A token that was just made."""
+
+    token: str
+    """Its text, which is told this once."""
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +101,34 @@ class Job(Value, frozen=True, kw_only=True):
     def ended(self) -> bool:
         """Whether it goes on no more."""
         return self.state in ENDED
+
+
+class JobChange(Value, frozen=True, kw_only=True):
+    """That something has changed in one of the jobs."""
+
+    id: str
+    """Where a stream goes on after it."""
+    job_id: str
+    job: Job | None
+    """As it is now, without `config` and `summary`; None where it was deleted."""
+
+
+class FieldMessage(Value, frozen=True, kw_only=True):
+    """One thing that is wrong in a configuration."""
+
+    field: str
+    message: str
+
+
+class Validation(Value, frozen=True, kw_only=True):
+    """What the service says of a configuration, of which it has started nothing."""
+
+    ok: bool
+    errors: list[FieldMessage]
+    config: dict[str, Any] | None
+    """With everything derived filled in; None where something is wrong."""
+    plan: dict[str, str]
+    """For people: what runs where, how much memory, what a step is."""
 
 
 class Event(Value, frozen=True, kw_only=True):
@@ -221,6 +267,22 @@ class Worker(Value, frozen=True, kw_only=True):
     heartbeat_seconds: float | None
     drained: bool
     shares: Shares
+
+
+class Span(Value, frozen=True, kw_only=True):
+    """What a worker did for a while."""
+
+    worker: str
+    activity: str
+    start: datetime
+    end: datetime
+    cause: str | None
+
+
+class Timeline(Value, frozen=True, kw_only=True):
+    """What every worker did lately."""
+
+    spans: list[Span]
 
 
 class Engine(Value, frozen=True, kw_only=True):
