@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from tests.browser import arguments, find_chromium
+from tests.browser import DESKTOP, PHONE, Scheme, Service, arguments, find_chromium, go_to, log_in, open_job
 from tests.dashboard_backend import Backend, serving
-from tests.test_dashboard import DESKTOP, PHONE, Service, go_to, log_in, open_job
 
-Scheme = Literal["light", "dark"]
 PICTURES: tuple[tuple[str, str, tuple[int, int], Scheme], ...] = (
     ("fleet", "fleet", DESKTOP, "light"),
     ("job", "job", DESKTOP, "light"),
@@ -56,7 +53,7 @@ def main(folder: Path) -> None:
 
 def everything_drawn(page: Page, service: Service) -> None:
     """What is below the window is asked for when it is looked at."""
-    open_job(page, service)
+    open_job(page, service.job_id)
     page.locator(".timeline").scroll_into_view_if_needed()
     page.locator(".timeline .says", has_text="Busy in the last").wait_for()
     page.evaluate("() => scrollTo(0, 0)")
