@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 
-from asyncflow.engines.base import Served, WeightSnapshot
+from asyncflow.engines.base import GenerationRequest, Served, WeightSnapshot
 from asyncflow.engines.fake import FakeLearner, FakeRollout, FakeScorer
 from asyncflow.types import Floats, TokenSample, TrainSample, UpdateMode
 
@@ -30,6 +31,18 @@ class SlowRollout(FakeRollout):
 
     def __init__(self, model: object, **options: object) -> None:
         super().__init__(model, **{**options, "token_latency": SECONDS})  # type: ignore[arg-type]
+
+
+class SlowNowAndThen(FakeRollout):
+    """Takes its time for every completion, and for one of 16 so much that several steps pass meanwhile."""
+
+    def __init__(self, model: object, **options: object) -> None:
+        made = itertools.count(1)
+
+        def latency(_: GenerationRequest) -> float:
+            return SECONDS * (15 if next(made) % 16 == 0 else 1)
+
+        super().__init__(model, **{**options, "token_latency": latency})  # type: ignore[arg-type]
 
 
 class SlowLearner(FakeLearner):

@@ -235,7 +235,7 @@ def test_the_fleet_shows_every_job_with_its_state(visit: Opens, service: Service
     )
 
 
-def test_a_change_in_the_fleet_is_seen_without_asking(visit: Opens, backend: Backend) -> None:
+def test_a_change_in_the_fleet_comes_to_the_page(visit: Opens, backend: Backend) -> None:
     page = visit()
     row = page.locator(".job").filter(has_text="sums-long").locator(".state")
     expect(row).to_have_text("running")
