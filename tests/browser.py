@@ -189,6 +189,7 @@ PLACES = {
     "events": "#/jobs/{job}/events",
     "configuration": "#/jobs/{job}/config",
     "submit": "#/submit",
+    "tokens": "#/tokens",
 }
 READY = {
     "login": ".login input",
@@ -199,6 +200,7 @@ READY = {
     "events": ".events li",
     "configuration": ".facts-list dd",
     "submit": "textarea",
+    "tokens": "tbody tr",
 }
 
 

@@ -11,6 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +509,108 @@ def test_a_configuration_is_validated_and_submitted(visit: Opens, service: Servi
     expect(page.locator("h1")).to_have_text("from-the-browser")
     with service.api() as api:
         assert "from-the-browser" in [job["name"] for job in api.get("/v1/jobs", params={"limit": 100}).json()["data"]]
+
+
+def test_a_job_that_has_ended_is_gone_on_from(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, "job_0006")
+    page.get_by_role("link", name="Go on from this job").click()
+    expect(page.locator("h1")).to_have_text("Go on from baseline")
+    text = page.get_by_role("textbox", name="Configuration")
+    expect(text).to_have_value("steps: 80\n")
+    expect(page.get_by_role("button", name="Validate")).to_be_hidden()
+    text.fill("steps: 90")
+    page.get_by_label("Name").fill("baseline-2")
+    page.get_by_label("Priority").fill("70")
+    page.get_by_label("Labels").fill("team=maths")
+    page.get_by_role("button", name="Submit", exact=True).click()
+    expect(page.locator("h1")).to_have_text("baseline-2")
+    with service.api() as api:
+        job = api.get("/v1/jobs", params={"limit": 1}).json()["data"][0]
+        config = api.get(f"/v1/jobs/{job['id']}").json()["config"]
+    assert (job["name"], job["resume_from"], job["priority"]) == ("baseline-2", "job_0006", 70)
+    assert (config["steps"], job["labels"]) == (90, {"team": "maths"})
+
+
+def test_nobody_goes_on_from_a_job_without_a_checkpoint(visit: Opens) -> None:
+    page = visit()
+    for without in ("job_0007", "job_0008"):
+        open_job(page, without)
+        expect(page.get_by_role("button", name="Delete")).to_be_visible()
+        expect(page.get_by_role("link", name="Go on from this job")).to_be_hidden()
+
+
+def test_a_job_that_has_ended_is_deleted_only_after_a_question(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, service.job_id)
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    expect(page.get_by_role("button", name="Delete")).to_be_hidden()
+    open_job(page, "job_0006")
+    expect(page.locator("h1")).to_have_text("baseline")
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.locator("h1")).to_have_text("baseline")
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete the job").click()
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+    expect(page.locator(".job").filter(has_text="sums-grpo")).to_have_count(1)
+    expect(page.locator(".job").filter(has_text="baseline")).to_have_count(0)
+    with service.api() as api:
+        assert api.get("/v1/jobs/job_0006").status_code == 404
+
+
+def test_name_priority_and_labels_of_a_job_are_changed(visit: Opens, service: Service) -> None:
+    page = visit()
+    open_job(page, "job_0005", "/config")
+    expect(page.get_by_label("Priority")).to_have_value("50")
+    page.get_by_label("Priority").fill("90")
+    page.get_by_label("Labels").fill("team=maths, try")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".verdict")).to_have_text("The label try has no value: write key=value.")
+    page.get_by_label("Labels").fill("team=maths, try=2")
+    page.get_by_label("Name").fill("nightly-2")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".verdict")).to_have_text("Saved.")
+    expect(page.locator("h1")).to_have_text("nightly-2")
+    with service.api() as api:
+        job = api.get("/v1/jobs/job_0005").json()
+    assert (job["name"], job["priority"], job["labels"]) == ("nightly-2", 90, {"team": "maths", "try": "2"})
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_made_shown_once_and_revoked(visit: Opens, backend: Backend) -> None:
+    page = visit()
+    page.get_by_role("link", name="Tokens").click()
+    page.get_by_label("Name").fill("ci")
+    page.get_by_label("Scope").select_option("submit")
+    page.get_by_label("Expires after days").fill("7")
+    page.get_by_role("button", name="Make the token").click()
+    expect(page.locator(".token-text")).to_have_text("af_" + "x" * 43)
+    row = page.locator("tbody tr").filter(has_text="ci")
+    expect(row).to_contain_text("submit")
+    made = backend.tokens["tok_3"]
+    assert datetime.fromisoformat(made["expires_at"]) - datetime.fromisoformat(made["created_at"]) == timedelta(days=7)
+    page.reload()
+    expect(row).to_have_count(1)
+    expect(page.locator(".token-text")).to_have_count(0)
+
+    page.get_by_role("button", name="Revoke ci").click()
+    page.get_by_role("button", name="Keep it").click()
+    expect(row).to_have_count(1)
+    page.get_by_role("button", name="Revoke ci").click()
+    page.get_by_role("dialog", name="Revoke the token ci?").get_by_role("button", name="Revoke the token").click()
+    expect(row).to_have_count(0)
+    assert [token["name"] for token in backend.tokens.values()] == ["first", "notebook"]
+
+
+def test_only_who_may_make_tokens_sees_the_page_for_it(visit: Opens, service: Service) -> None:
+    page = visit(token=service.read_token)
+    expect(page.get_by_role("link", name="Jobs", exact=True)).to_be_visible()
+    expect(page.get_by_role("link", name="Tokens")).to_be_hidden()
+    show(page, "#/tokens")
+    expect(page.locator(".notice")).to_contain_text("scope admin")
 
 
 # -- for everybody -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser on the real service, with jobs that really run: what it shows is the ledger's truth."""
+"""The dashboard in a real browser on the real service, with jobs that really run: it shows the truth of the ledger."""
 
 from __future__ import annotations
 
