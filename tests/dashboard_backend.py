@@ -434,13 +434,13 @@ def _routes(backend: Backend) -> APIRouter:
         return backend.change(job_id, state=state)
 
     @routes.get("/v1/jobs/{job_id}/events")
-    async def events(job_id: str, request: Request, limit: int = 20, cursor: str | None = None) -> Any:
+    async def events(job_id: str, request: Request, limit: int = 20, cursor: str | None = None, tail: int = 0) -> Any:
         job_of(job_id)
         if "text/event-stream" not in request.headers.get("accept", ""):
             return page(backend.told[job_id], limit, cursor)
         last = request.headers.get("last-event-id", cursor)
         ids = [event["id"] for event in backend.told[job_id]]
-        told = [ids.index(last) + 1 if last in ids else 0]
+        told = [ids.index(last) + 1 if last in ids else max(0, len(ids) - tail) if tail else 0]
 
         def new() -> Iterator[str]:
             for event in backend.told[job_id][told[0] :]:
@@ -493,8 +493,8 @@ def _routes(backend: Backend) -> APIRouter:
         return page(run_of(job_id).engines(), 100, None)
 
     @routes.get("/v1/jobs/{job_id}/metrics")
-    async def metrics(job_id: str, since_step: int = -1) -> Json:
-        return run_of(job_id).metrics(since_step)
+    async def metrics(job_id: str, since_step: int = -1, names: str = "", points: int = 1_000_000) -> Json:
+        return run_of(job_id).metrics(since_step, names.split(",") if names else None, points)
 
     @routes.get("/v1/jobs/{job_id}/checkpoints")
     async def checkpoints(job_id: str) -> Json:

@@ -7,6 +7,7 @@ service with the contract's routes; those that take `backend` make it do what a 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import statistics
 import time
@@ -19,7 +20,7 @@ import pytest
 from asyncflow_api.routes.dashboard import STATIC, make_router
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Response, Route, expect
 from playwright.sync_api import Error as PlaywrightError
 
 from tests.browser import (
@@ -43,7 +44,7 @@ from tests.browser import (
     watch_for,
 )
 from tests.dashboard_backend import Backend, serving
-from tests.dashboard_run import HOSTILE
+from tests.dashboard_run import HOSTILE, MovingRun
 
 REFUSED = "401 (Unauthorized)"
 
@@ -356,6 +357,55 @@ def test_each_chart_has_its_numbers_in_a_table(visit: Opens, service: Service) -
         figure.locator(".table-button").click()
         expect(figure.locator(".table-region tbody tr").first).to_be_visible()
         expect(figure.locator(".table-button")).to_have_attribute("aria-expanded", "true")
+
+
+def test_a_run_of_a_week_is_as_quick_to_open_and_as_easy_to_read_as_one_of_an_hour(
+    visit: Opens, backend: Backend
+) -> None:
+    steps = 10_000
+    week = MovingRun(tick=steps * 12 - 60, steps=steps + 500, bound=2, now=time.time())
+    job_id = backend.add("a-week", "running", run=week)["id"]
+    page = visit()
+    answers: list[Response] = []
+    page.on("response", lambda answer: answers.append(answer) if "/metrics" in answer.url else None)
+    open_job(page, job_id)
+
+    expect(page.locator(".heatmap .says")).to_contain_text("The last 500 of 9,99")
+    expect(page.locator(".charts figure").first.locator(".says")).to_contain_text("points")
+    assert 0 < len(answers[0].body()) < 3_000_000
+    assert all(len(one["step"]) <= 1002 for one in answers[0].json()["series"].values())
+    # None of the numbers has run out of its place.
+    for part in (".account dd", ".figure-head", ".stages", ".job-meter"):
+        assert (
+            page.locator(part).evaluate_all(
+                "all => all.filter((one) => one.offsetParent && one.scrollWidth > one.clientWidth + 1).length"
+            )
+            == 0
+        ), part
+    show(page, f"#/jobs/{job_id}/events")
+    expect(page.locator(".says")).to_contain_text("last 2,000 lines")
+    page.get_by_label("every step").check()
+    expect(page.locator(".events li")).to_have_count(300)
+
+
+def test_a_long_ledger_is_told_to_be_read_and_then_shown(visit: Opens, watch: Watch) -> None:
+    watch.expected += ("409 (Conflict)",)
+    page = visit()
+    text, left = "the ledger of this run is long and being read, 40% so far: ask again", [3]
+    problem = {"code": "run_being_read", "status": 409, "detail": text}
+
+    def answer(route: Route) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            route.continue_()
+        else:
+            route.fulfill(status=409, headers={"Content-Type": "application/problem+json"}, body=json.dumps(problem))
+
+    page.route("**/v1/jobs/job_0006/queue", answer)
+    watch_for(page, ".empty", text)
+    show(page, "#/jobs/job_0006")
+    seen_at(page)
+    expect(page.locator(".heatmap .says")).to_contain_text("40 steps")
 
 
 def test_a_connection_that_is_lost_is_said_and_comes_back(

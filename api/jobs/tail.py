@@ -29,6 +29,11 @@ class Tail:
         except OSError:
             return 0
 
+    def count(self) -> int:
+        """Complete lines now."""
+        self.lines(1 << 60, 0)
+        return len(self._ends)
+
     def lines(self, after: int, limit: int) -> list[dict[str, Any] | None]:
         """At most `limit` lines from number `after` on; None for one that is no JSON object.
 

@@ -46,6 +46,9 @@ def events(
     *,
     cursor: CursorText = None,
     limit: Limit = 20,
+    tail: Annotated[
+        int | None, Query(ge=0, le=10_000, description="A stream begins with so many of the newest lines of the run.")
+    ] = None,
     last_event_id: LastEventId = None,
 ) -> Page[EventBody] | Response:
     """Events, oldest first: a page, or with `Accept: text/event-stream` all of them and then those that come.
@@ -54,7 +57,9 @@ def events(
     """
     jobs.get(job_id)
     if wants_stream(request):
-        return event_stream(jobs, job_id, _cursor(last_event_id or cursor))
+        begin = last_event_id or cursor
+        start = jobs.newest(job_id, tail) if begin is None and tail is not None else _cursor(begin)
+        return event_stream(jobs, job_id, start)
     after = _cursor(position("events", cursor))
     found, _at = jobs.events_after(job_id, after, limit + 1)
     return page_of("events", [event_body(one) for one in found], limit, [one.id for one in found])

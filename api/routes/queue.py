@@ -15,6 +15,8 @@ from asyncflow_api.schemas_run import LiveReply, ProgressReply, QueueReply
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
+from asyncflow.report.follow import BeingRead
+
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["queue"], route_class=RunRoute)
 
 EVERY: Final = 0.25
@@ -44,7 +46,7 @@ def live(_: Reads, view: TheView) -> StreamingResponse:
         goes_on = view.live
         try:
             reply = look(view)
-        except NotBegun:
+        except (NotBegun, BeingRead):
             return b"", (now, None, False), False
         fingerprint = _without_time(reply.model_dump())
         data = b"" if fingerprint == told else sse.encode("live", reply.model_dump(mode="json"))
@@ -58,7 +60,7 @@ def live(_: Reads, view: TheView) -> StreamingResponse:
 
 
 def look(view: RunView) -> LiveReply:
-    """The whole picture. Raises NotBegun."""
+    """The whole picture. Raises NotBegun, BeingRead."""
     found, status = view.queue(), view.status()
     return LiveReply(
         queue=QueueReply.of(found, live=view.live, bottleneck=view.bottleneck(found), history=False),

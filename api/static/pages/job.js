@@ -8,6 +8,7 @@ import { Question } from "../question.js";
 import { isEnded, isLive, MAY, tone } from "../words.js";
 import { ConfigTab } from "./config.js";
 import { EventsTab } from "./events.js";
+import { CHARTED } from "./learning.js";
 import { Overview } from "./overview.js";
 import { SamplesTab } from "./samples.js";
 
@@ -30,7 +31,7 @@ export class Job {
     this.#parts = this.#head();
     this.element = h("div", { class: "page job-page" }, this.#parts.element, this.#notice,
       h("nav", { class: "tabs", "aria-label": "Of this job" }, this.#tabs), this.#place);
-    this.#feed = new JobFeed(id, (what) => this.#show(what));
+    this.#feed = new JobFeed(id, CHARTED, (what) => this.#show(what));
     this.#feed.start().catch((error) => {
       this.#say(error.status === 404 ? "There is no such job." : error.message);
       setText(this.#parts.name, id);
