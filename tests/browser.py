@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 NO_BROWSER = "ASYNCFLOW_NO_BROWSER"
 AXE = Path(__file__).parent / "vendor" / "axe-core" / "axe.min.js"
-DEADLINE = 20_000
+DEADLINE = 60_000
 """Milliseconds for what has to appear at all."""
 DESKTOP, PHONE = (1440, 900), (390, 844)
 
