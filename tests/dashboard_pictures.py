@@ -44,6 +44,9 @@ TALL = ("job",)
 PATIENCE = 3600.0
 """Seconds until the run has made its steps: it trains a language model on whatever else there is to do."""
 
+LATEST = 300_000
+"""Milliseconds for what has to appear: the run needs the processors as well."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,9 +96,10 @@ def step_of(api: httpx.Client, job_id: str) -> int:
 
 
 def take(folder: Path, service: Service) -> None:
-    with chromium() as browser:
+    with chromium(deadline=LATEST) as browser:
         for name, place, size, scheme in PICTURES:
             context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+            context.set_default_timeout(LATEST)
             page = context.new_page()
             page.goto(service.url)
             log_in(page, service.token)
