@@ -211,6 +211,6 @@ def go_to(page: Page, place: str, service: Service) -> None:
             samples = api.get(f"/v1/jobs/{service.job_id}/samples", params={"state": "trained", "limit": 100}).json()[
                 "data"
             ]
-        sample = next((item for item in samples if len(item["versions"]) > 1), samples[0])
+        sample = max(samples, key=lambda item: (len(item["versions"]) > 1, item["reward"] or 0))
         show(page, address.format(job=service.job_id, sample=sample["id"]))
     page.locator(READY[place]).first.wait_for()

@@ -106,12 +106,12 @@ def take(folder: Path, service: Service) -> None:
             go_to(page, place, service)
             if place == "job":
                 everything_drawn(page, service)
+            page.mouse.move(0, 0)
             path = folder / f"dashboard-{name}.png"
             page.screenshot(path=path, full_page=name in TALL)
             with Image.open(path) as picture:  # a page has few colours: a third of the bytes, and nobody sees it
-                picture.convert("RGB").quantize(
-                    128 if name in TALL else 256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-                ).save(path, optimize=True)
+                small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+                small.save(path, optimize=True)
             context.close()
 
 
