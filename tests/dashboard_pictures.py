@@ -118,6 +118,7 @@ def take(folder: Path, service: Service) -> None:
 def everything_drawn(page: Page, service: Service) -> None:
     """What is below the window is asked for when it is looked at."""
     open_job(page, service.job_id)
+    page.get_by_role("region", name="Weight updates").locator("tbody tr").first.wait_for()
     page.locator(".timeline").scroll_into_view_if_needed()
     expect(page.locator(".timeline .says")).to_contain_text("Busy in the last")
     page.evaluate("() => scrollTo(0, 0)")

@@ -389,6 +389,15 @@ def test_a_run_of_a_week_is_as_quick_to_open_and_as_easy_to_read_as_one_of_an_ho
     expect(page.locator(".events li")).to_have_count(300)
 
 
+def test_there_is_no_box_for_alarms_where_there_is_none(visit: Opens, service: Service, watch: Watch) -> None:
+    page = visit()
+    watch.expected += ("net::ERR_FAILED",)
+    page.route("**/v1/jobs/*/events*", lambda route: route.abort())  # nothing is known of them yet
+    open_job(page, service.job_id)
+    expect(page.locator(".graph svg")).to_be_visible()
+    expect(page.locator(".alarms")).to_be_hidden()
+
+
 def test_a_long_ledger_is_told_to_be_read_and_then_shown(visit: Opens, watch: Watch) -> None:
     watch.expected += ("409 (Conflict)",)
     page = visit()

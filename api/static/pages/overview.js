@@ -26,7 +26,7 @@ export class Overview {
     this.#id = id;
     this.#feed = feed;
     this.#bottleneck = h("p", { class: "bottleneck" });
-    this.#alarms = h("ul", { class: "alarms" });
+    this.#alarms = h("ul", { class: "alarms", hidden: true });
     this.#account = new Account();
     this.#error = h("p", { class: "error", role: "alert" });
     this.#waiting = h("p", { class: "empty" });
