@@ -296,7 +296,7 @@ class MovingRun:
 
     def metrics(self, since: int, names: list[str] | None, points: int) -> Json:
         made = [step for step in range(1, self.step + 1) if step > since]
-        series = {
+        series: dict[str, dict[str, list[Any]]] = {
             name: {"step": made, "time": [rfc3339(self.at(step * STEP)) for step in made], "value": values}
             for name, values in self._values(made).items()
         }

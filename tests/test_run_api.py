@@ -171,7 +171,7 @@ def test_a_long_series_is_thinned_evenly_and_keeps_what_stands_out(api: httpx.Cl
     assert thin.step[-1] == 10_000
     assert {(1235, -3.0), (5679, 9.0)} <= set(zip(thin.step, thin.value, strict=True))
     assert sum(thin.value) / len(thin.value) == pytest.approx(sum(at % 7 / 7 for at in range(7)) / 7, abs=0.1)
-    asked = {"names": "step_time", "points": 2}
+    asked: dict[str, str] = {"names": "step_time", "points": "2"}
     served = api.get("/v1/jobs/old/metrics", params=asked).json()["series"]["step_time"]
     assert {1, 4, 6} <= set(served["step"]) < {1, 2, 3, 4, 5, 6}
 
