@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -34,15 +35,32 @@ class SlowRollout(FakeRollout):
 
 
 class SlowNowAndThen(FakeRollout):
-    """Takes its time for every completion, and for one of 16 so much that several steps pass meanwhile."""
+    """Takes its time for every completion, and for one of 16 so much that several steps pass meanwhile: each token of it
+    waits for newer weights, or `LONGEST` seconds where none come."""
+
+    LONGEST = 3.0
 
     def __init__(self, model: object, **options: object) -> None:
         made = itertools.count(1)
+        self._newer = asyncio.Event()
 
         def latency(_: GenerationRequest) -> float:
-            return SECONDS * (15 if next(made) % 16 == 0 else 1)
+            return self.LONGEST if next(made) % 16 == 0 else 5 * SECONDS
 
-        super().__init__(model, **{**options, "token_latency": latency})  # type: ignore[arg-type]
+        super().__init__(model, **{**options, "token_latency": latency, "sleep": self._wait})  # type: ignore[arg-type]
+
+    async def _wait(self, seconds: float) -> None:
+        if seconds < self.LONGEST:
+            await asyncio.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._newer.wait(), seconds)
+
+    async def load_weights(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
+        served = await super().load_weights(snapshot, mode)
+        self._newer.set()
+        self._newer = asyncio.Event()
+        return served
 
 
 class SlowLearner(FakeLearner):

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from asyncflow.report.audit import Audit, audit
 from tests.browser import Opens, Watch, chromium, log_in, open_job, show, violations, visiting
 from tests.processes import DEADLINE, wait_until
-from tests.running_service import RunningService, tiny
+from tests.running_service import ENDED, RunningService, tiny
 from tests.test_follow import SLOWED
 
 pytestmark = pytest.mark.timeout(900)  # each wait has its own deadline, and there are several
@@ -40,9 +40,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, service: RunningService) -> Iterator[Page]:
-    """Logged in."""
-    with visiting(browser, Watch(origin=service.address["url"]), deadline=LONG) as visit:
-        yield enter(visit, service)
+    """Logged in. What runs at the end is cancelled, so that the next one finds its slot."""
+    try:
+        with visiting(browser, Watch(origin=service.address["url"]), deadline=LONG) as visit:
+            yield enter(visit, service)
+    finally:
+        for job in service.http.get("/v1/jobs").json()["data"]:
+            if job["state"] not in ENDED:
+                service.http.post(f"/v1/jobs/{job['id']}/cancel")
 
 
 def enter(visit: Opens, service: RunningService) -> Page:
@@ -179,7 +184,7 @@ def test_a_job_is_submitted_watched_steered_and_ended_and_the_page_shows_what_th
     config = tiny(
         name="by-hand",
         steps=STEPS,
-        max_staleness=4,
+        max_staleness=1,
         late_samples="mask",
         weights={"update": "in_flight"},
         rollout={"engine": "tests.slow_parts:SlowNowAndThen", "max_concurrency": 32},
