@@ -11,6 +11,7 @@ import yaml
 from playwright.sync_api import Browser, Page, expect
 
 from asyncflow.report.audit import Audit, audit
+from asyncflow.report.follow import Follower
 from tests.browser import Opens, Watch, chromium, log_in, open_job, show, violations, visiting
 from tests.processes import DEADLINE, wait_until
 from tests.running_service import ENDED, RunningService, tiny
@@ -203,7 +204,7 @@ def test_a_job_is_submitted_watched_steered_and_ended_and_the_page_shows_what_th
     assert violations(page) == []
 
     # A sample of which the loss has not seen all: its text, and each token with its version.
-    masked = masked_sample(service, job_id, config["max_staleness"])
+    masked = masked_sample(service, job_id)
     show(page, f"#/jobs/{job_id}/samples/{masked['id']}")
     article = page.locator("article.sample")
     expect(article.locator(".token")).to_have_count(len(masked["tokens"]))
@@ -231,19 +232,17 @@ def test_a_job_is_submitted_watched_steered_and_ended_and_the_page_shows_what_th
     assert violations(page) == []
 
 
-def masked_sample(service: RunningService, job_id: str, bound: int) -> dict[str, Any]:
-    """One with tokens that were trained and tokens that were not, once there is one."""
-    found: dict[str, Any] = {}
+def masked_sample(service: RunningService, job_id: str) -> dict[str, Any]:
+    """One with tokens that were trained and tokens that were too old for it, once there is one."""
+    follower = Follower(service.home / "jobs" / job_id / "run")
 
     def there() -> bool:
-        query = {"state": "trained", "limit": "100"}
-        for sample in service.http.get(f"/v1/jobs/{job_id}/samples", params=query).json()["data"]:
-            if len(sample["versions"]) > bound + 1:  # so some of its tokens came too late
-                found.update(service.http.get(f"/v1/jobs/{job_id}/samples/{sample['id']}").json())
-                return 0 < sum(token["masked"] for token in found["tokens"]) < len(found["tokens"])
-        return False
+        follower.catch_up()
+        return bool(follower.index.masked)
 
     wait_until(there, service.process)
+    found: dict[str, Any] = service.http.get(f"/v1/jobs/{job_id}/samples/{min(follower.index.masked)}").json()
+    assert 0 < sum(token["masked"] for token in found["tokens"]) < len(found["tokens"])
     return found
 
 
