@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import threading
 from collections.abc import Mapping, Sequence
 
-from asyncflow.engines.base import GenerationRequest, Served, WeightSnapshot
+from asyncflow.engines.base import Served, WeightSnapshot
 from asyncflow.engines.fake import FakeLearner, FakeRollout, FakeScorer
 from asyncflow.types import Floats, TokenSample, TrainSample, UpdateMode
 
@@ -32,35 +30,6 @@ class SlowRollout(FakeRollout):
 
     def __init__(self, model: object, **options: object) -> None:
         super().__init__(model, **{**options, "token_latency": SECONDS})  # type: ignore[arg-type]
-
-
-class SlowNowAndThen(FakeRollout):
-    """Takes its time for every completion, and for one of 16 so much that several steps pass meanwhile: each token of it
-    waits for newer weights, or `LONGEST` seconds where none come."""
-
-    LONGEST = 3.0
-
-    def __init__(self, model: object, **options: object) -> None:
-        made = itertools.count(1)
-        self._newer = asyncio.Event()
-
-        def latency(_: GenerationRequest) -> float:
-            return self.LONGEST if next(made) % 16 == 0 else 5 * SECONDS
-
-        super().__init__(model, **{**options, "token_latency": latency, "sleep": self._wait})  # type: ignore[arg-type]
-
-    async def _wait(self, seconds: float) -> None:
-        if seconds < self.LONGEST:
-            await asyncio.sleep(seconds)
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._newer.wait(), seconds)
-
-    async def load_weights(self, snapshot: WeightSnapshot, mode: UpdateMode) -> Served:
-        served = await super().load_weights(snapshot, mode)
-        self._newer.set()
-        self._newer = asyncio.Event()
-        return served
 
 
 class SlowLearner(FakeLearner):
