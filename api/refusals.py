@@ -22,6 +22,7 @@ from asyncflow.errors import (
     StoreError,
     Unreachable,
 )
+from asyncflow.report.follow import BeingRead
 
 
 def problem_of(error: AsyncFlowError) -> Problem | None:  # noqa: PLR0911 - a table
@@ -29,6 +30,8 @@ def problem_of(error: AsyncFlowError) -> Problem | None:  # noqa: PLR0911 - a ta
     match error:
         case NotBegun():
             return Problem(409, "run_not_begun", str(error))
+        case BeingRead():
+            return Problem(409, "run_being_read", str(error), headers={"Retry-After": "1"})
         case NotLive() | Closed() | Unreachable():
             return Problem(409, "run_not_live", str(error))
         case NoRoom():

@@ -38,6 +38,8 @@ from asyncflow.store.store import Store
 
 PATIENCE: Final = 2.0
 """Seconds for which a store that does not answer is waited for."""
+READING: Final = 3.0
+"""Seconds of processor time that one request spends on a ledger; a week's is read by several."""
 WINDOW: Final = 60.0
 """Seconds over which it is said what holds a live run up."""
 FRESH: Final = 0.2
@@ -83,9 +85,10 @@ class RunView:
         self._asking = threading.RLock()
         self._looks: dict[str, tuple[float, Any]] = {}
         """What was asked for → until when it holds (monotonic), and the answer."""
+        self._diagnosed: tuple[int, Bottleneck | None] | None = None
 
     def _follower_of(self, run_dir: Path) -> Follower:
-        self.follower = Follower(run_dir)
+        self.follower = Follower(run_dir, patience=READING)
         return self.follower
 
     def close(self) -> None:
@@ -140,7 +143,7 @@ class RunView:
             raise NotBegun("this run has not begun yet: try again when its job is running")
 
     def queue(self) -> Queue:
-        """Raises NotBegun, LedgerError."""
+        """Raises NotBegun, BeingRead, LedgerError."""
         return self._look("queue", self._queue)
 
     def _queue(self) -> Queue:
@@ -154,8 +157,7 @@ class RunView:
     def bottleneck(self, queue: Queue) -> Bottleneck | None:
         """What holds the run up, or did; None when there were too few steps to say."""
         if not self.live:
-            steps = read_metrics(self.run_dir / METRICS, "step")
-            return diagnose(steps, max_staleness=queue.max_staleness, update=self._update)
+            return self._diagnosis(queue.max_staleness)
         with self.follower.lock:
             if len(self.follower.steps) < 2:
                 return None
@@ -165,6 +167,15 @@ class RunView:
             shares = self._look("shares", lambda: self.control.shares(min(WINDOW, filled)))
             return bottleneck(shares, max_staleness=queue.max_staleness, update=self._update)
         return None
+
+    def _diagnosis(self, max_staleness: int) -> Bottleneck | None:
+        """Of a run that has ended. It does not change any more, and reading all steps of a week takes seconds."""
+        path = self.run_dir / METRICS
+        now = path.stat().st_size if path.is_file() else 0
+        if self._diagnosed is None or self._diagnosed[0] != now:
+            found = diagnose(read_metrics(path, "step"), max_staleness=max_staleness, update=self._update)
+            self._diagnosed = now, found
+        return self._diagnosed[1]
 
     def workers(self) -> Sequence[Mapping[str, Any]]:
         """None of a run that does not go on."""

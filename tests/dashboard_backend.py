@@ -60,6 +60,9 @@ class Backend:
         self.refusing = False
         """Answers nothing but 503, and ends all streams: a service that is gone."""
         self.closing = False
+        self.tokens: dict[str, Json] = {}
+        self.make_token({"name": "first", "scope": "admin"})
+        self.make_token({"name": "notebook", "scope": "read", "expires_in": 86400 * 30})
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._fill()
 
@@ -111,6 +114,7 @@ class Backend:
                 "reason": None,
                 "priority": 50,
                 "labels": {},
+                "resume_from": None,
                 "created_at": rfc3339(began - 4),
                 "started_at": rfc3339(began) if run else None,
                 "finished_at": rfc3339(run.at(run.tick) if run else now - 600) if state in ENDED else None,
@@ -154,6 +158,25 @@ class Backend:
                 self.tell(job_id, "state", f"The job is {values['state']}.", {"state": values["state"]})
         self.wake()
         return self.shown(job_id)
+
+    def make_token(self, body: Json) -> Json:
+        now, number = time.time(), len(self.tokens) + 1
+        until = now + body["expires_in"] if "expires_in" in body else None
+        self.tokens[f"tok_{number}"] = token = {
+            "id": f"tok_{number}",
+            "object": "token",
+            "name": body["name"],
+            "scope": body["scope"],
+            "created_at": rfc3339(now),
+            "expires_at": until and rfc3339(until),
+        }
+        return token
+
+    def forget(self, job_id: str) -> None:
+        with self.lock:
+            for known in (self.jobs, self.told, self.taken_in, self.runs):
+                known.pop(job_id, None)
+        self.wake()
 
     def tell(
         self, job_id: str, kind: str, message: str, data: Json, level: str = "info", at: float | None = None
@@ -328,6 +351,9 @@ def _routes(backend: Backend) -> APIRouter:
         seen = {job_id: job["revision"] for job_id, job in backend.jobs.items()}
 
         def new() -> Iterator[str]:
+            for job_id in [one for one in seen if one not in backend.jobs]:
+                seen.pop(job_id)
+                yield sse("deleted", {"id": job_id})
             for job_id, job in backend.jobs.items():
                 if seen.get(job_id) != job["revision"]:
                     seen[job_id] = job["revision"]
@@ -338,11 +364,12 @@ def _routes(backend: Backend) -> APIRouter:
     @routes.post("/v1/jobs", status_code=201)
     async def submit(request: Request) -> Json:
         body = await request.json()
-        if errors := wrong(body["config"]):
+        before = backend.jobs[body["resume_from"]]["config"] if "resume_from" in body else {}
+        config = before | body["config"]
+        if errors := wrong(config):
             raise Refusal(422, "invalid_config", "The configuration is not valid.", errors=errors)
-        config = body["config"]
         run = MovingRun(tick=0, steps=config.get("steps", 10), bound=config.get("max_staleness", 1), now=time.time())
-        more = {key: body[key] for key in ("priority", "labels") if key in body}
+        more = {key: body[key] for key in ("priority", "labels", "resume_from") if key in body}
         return backend.add(
             body.get("name") or config.get("name", "job"), "starting", run=run, config=config, **more
         ) | {"progress": None}
@@ -366,6 +393,27 @@ def _routes(backend: Backend) -> APIRouter:
         job_of(job_id)
         return backend.shown(job_id)
 
+    @routes.delete("/v1/jobs/{job_id}")
+    async def delete(job_id: str) -> Json:
+        if job_of(job_id)["state"] not in ENDED:
+            raise Refusal(409, "not_ended", "The job is running: cancel it first.")
+        backend.forget(job_id)
+        return {"id": job_id, "object": "job", "deleted": True}
+
+    @routes.get("/v1/tokens")
+    async def tokens(limit: int = 20, cursor: str | None = None) -> Json:
+        return page(list(backend.tokens.values()), limit, cursor)
+
+    @routes.post("/v1/tokens", status_code=201)
+    async def make_token(request: Request) -> Json:
+        return backend.make_token(await request.json()) | {"token": "af_" + "x" * 43}
+
+    @routes.delete("/v1/tokens/{token_id}")
+    async def revoke(token_id: str) -> Response:
+        if backend.tokens.pop(token_id, None) is None:
+            raise Refusal(404, "no_such_token", "There is no such token.")
+        return Response(status_code=204)
+
     @routes.patch("/v1/jobs/{job_id}")
     async def amend(job_id: str, request: Request) -> Json:
         match = request.headers.get("if-match")
@@ -386,13 +434,13 @@ def _routes(backend: Backend) -> APIRouter:
         return backend.change(job_id, state=state)
 
     @routes.get("/v1/jobs/{job_id}/events")
-    async def events(job_id: str, request: Request, limit: int = 20, cursor: str | None = None) -> Any:
+    async def events(job_id: str, request: Request, limit: int = 20, cursor: str | None = None, tail: int = 0) -> Any:
         job_of(job_id)
         if "text/event-stream" not in request.headers.get("accept", ""):
             return page(backend.told[job_id], limit, cursor)
         last = request.headers.get("last-event-id", cursor)
         ids = [event["id"] for event in backend.told[job_id]]
-        told = [ids.index(last) + 1 if last in ids else 0]
+        told = [ids.index(last) + 1 if last in ids else max(0, len(ids) - tail) if tail else 0]
 
         def new() -> Iterator[str]:
             for event in backend.told[job_id][told[0] :]:
@@ -445,12 +493,13 @@ def _routes(backend: Backend) -> APIRouter:
         return page(run_of(job_id).engines(), 100, None)
 
     @routes.get("/v1/jobs/{job_id}/metrics")
-    async def metrics(job_id: str, since_step: int = -1) -> Json:
-        return run_of(job_id).metrics(since_step)
+    async def metrics(job_id: str, since_step: int = -1, names: str = "", points: int = 1_000_000) -> Json:
+        return run_of(job_id).metrics(since_step, names.split(",") if names else None, points)
 
     @routes.get("/v1/jobs/{job_id}/checkpoints")
     async def checkpoints(job_id: str) -> Json:
-        step = run_of(job_id).step // 20 * 20
+        job_of(job_id)
+        step = backend.runs[job_id].step // 20 * 20 if job_id in backend.runs else 0
         return page(
             [{"step": step, "policy_version": f"0.{step}", "bytes": 1_620_000_000, "created_at": rfc3339(time.time())}]
             if step

@@ -6,10 +6,12 @@ Everything has the shapes that the service's routes give; `dashboard_backend` se
 from __future__ import annotations
 
 import math
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
 from asyncflow.report.bottleneck import in_words
+from asyncflow.report.queue import MOST_STEPS
 
 TICK = 0.25
 """Seconds of the run between two ticks."""
@@ -21,6 +23,8 @@ STRAGGLER = 7
 """Every such step waits for a straggler, whose samples are staler than the others."""
 
 Json = dict[str, Any]
+Told = tuple[float, str, str, str, Json]
+"""Tick, type, level, message, data."""
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> \u202e\u0007 {{7*7}} ${7*7}"
@@ -50,6 +54,12 @@ class MovingRun:
         """Step → the bound from then on."""
         self.drained: set[str] = set()
         self._samples: dict[int, Json] = {}
+        self._totals: Counter[str] = Counter()
+        """Staleness → samples of the first so many steps."""
+        self._counted = 0
+        self._told: list[Told] = []
+        """Of the first so many steps."""
+        self._told_steps = 0
 
     @property
     def step(self) -> int:
@@ -93,7 +103,7 @@ class MovingRun:
         return {"0": fresh, "1": BATCH - oldest - fresh, str(bound): oldest}
 
     def history(self) -> Json:
-        made = range(1, self.step + 1)
+        made = range(max(1, self.step + 1 - MOST_STEPS), self.step + 1)
         return {
             "step": list(made),
             "histogram": [self.histogram(step) for step in made],
@@ -120,10 +130,9 @@ class MovingRun:
         lost, quarantined, opened = sum(dropped.values()), step // 20, sum(states.values())
         trained = step * BATCH - lost - quarantined
         served = {engine: f"0.{max(0, step - (phase < 3 + place * 3))}" for place, engine in enumerate(ENGINES)}
-        totals: dict[str, int] = {}
-        for made in range(1, step + 1):
-            for staleness, count in self.histogram(made).items():
-                totals[staleness] = totals.get(staleness, 0) + count
+        while self._counted < step:
+            self._counted += 1
+            self._totals.update(self.histogram(self._counted))
         young = generating // 3
         in_flight = {"0": generating - young, "1": young} if bound else {"0": generating}
         waiting = generated + rewarded
@@ -161,7 +170,7 @@ class MovingRun:
             "staleness": {
                 "in_flight": {level: count for level, count in in_flight.items() if count},
                 "in_queue": {level: count for level, count in in_queue.items() if count},
-                "at_training": totals,
+                "at_training": dict(self._totals),
             },
             "history": self.history(),
             "bytes": 3_400_000 + opened * 11_000,
@@ -285,9 +294,9 @@ class MovingRun:
 
     # -- measurements --------------------------------------------------------------------------------------------------
 
-    def metrics(self, since: int) -> Json:
+    def metrics(self, since: int, names: list[str] | None, points: int) -> Json:
         made = [step for step in range(1, self.step + 1) if step > since]
-        series = {
+        series: dict[str, dict[str, list[Any]]] = {
             name: {"step": made, "time": [rfc3339(self.at(step * STEP)) for step in made], "value": values}
             for name, values in self._values(made).items()
         }
@@ -297,7 +306,12 @@ class MovingRun:
             "time": [rfc3339(self.at(step * STEP)) for step in evaluated],
             "value": [round(0.18 + 0.62 * (1 - math.exp(-step / 45)) + 0.02 * noise(step, 9), 3) for step in evaluated],
         }
-        return {"object": "metrics", "names": sorted(series), "series": series}
+        shown = {
+            name: {key: column[:: -(-len(column) // points) or 1] for key, column in one.items()}
+            for name, one in series.items()
+            if names is None or name in names
+        }
+        return {"object": "metrics", "names": sorted(series), "series": shown}
 
     def _values(self, made: list[int]) -> dict[str, list[float]]:
         learned = {step: 1 - math.exp(-step / 50) for step in made}
@@ -326,34 +340,29 @@ class MovingRun:
             "perf/weight_sync_s": [0.12 + 0.02 * noise(step, 26) for step in made],
         }
 
-    def events(self) -> list[tuple[float, str, str, str, Json]]:
-        """Tick, type, level, message, data: of everything that its metrics file says so far."""
-        told: list[tuple[float, str, str, str, Json]] = []
-        for step in range(self.step + 1):
-            t, version, name = float(step * STEP), f"0.{step}", digest(step)
-            if step:
-                reward = self._values([step])["reward"][0]
-                told.append((t, "step", "info", f"Step {step}: reward {reward:.3f}.", {"step": step}))
-            told.append(
-                (
-                    t,
-                    "weights",
-                    "info",
-                    f"Version {version} is published.",
-                    {"version": version, "digest": name, "publish_s": 0.12},
-                )
-            )
-            for place, engine in enumerate(ENGINES):
-                loaded = {"engine": engine, "version": version, "digest": name, "update_s": 0.3 + place * 0.2}
-                told.append((t + 3 + place * 3, "served", "info", f"{engine} serves version {version}.", loaded))
-            if step and step % 20 == 0:
-                told.append(
-                    (t + 0.5, "checkpoint", "info", f"A checkpoint of step {step} is complete.", {"step": step})
-                )
-            if step and step % 40 == 0:
-                text = f"Sample {step * 70} takes 14 s so far; half of the others took less than 0.8 s."
-                told.append((t + 5, "alarm", "warning", text, {"alarm": "rollout_slow", "samples": [step * 70]}))
-        return sorted((event for event in told if event[0] <= self.tick), key=lambda event: event[0])
+    def events(self) -> list[Told]:
+        """Everything that its metrics file says so far."""
+        while self._told_steps < self.step:
+            self._told += self._events_of(self._told_steps)
+            self._told_steps += 1
+        return self._told + [event for event in self._events_of(self.step) if event[0] <= self.tick]
+
+    def _events_of(self, step: int) -> list[Told]:
+        t, version, name = float(step * STEP), f"0.{step}", digest(step)
+        published = {"version": version, "digest": name, "publish_s": 0.12}
+        told: list[Told] = [(t, "weights", "info", f"Version {version} is published.", published)]
+        if step:
+            reward = self._values([step])["reward"][0]
+            told.append((t, "step", "info", f"Step {step}: reward {reward:.3f}.", {"step": step}))
+        for place, engine in enumerate(ENGINES):
+            loaded = {"engine": engine, "version": version, "digest": name, "update_s": 0.3 + place * 0.2}
+            told.append((t + 3 + place * 3, "served", "info", f"{engine} serves version {version}.", loaded))
+        if step and step % 20 == 0:
+            told.append((t + 0.5, "checkpoint", "info", f"A checkpoint of step {step} is complete.", {"step": step}))
+        if step and step % 40 == 0:
+            text = f"Sample {step * 70} takes 14 s so far; half of the others took less than 0.8 s."
+            told.append((t + 5, "alarm", "warning", text, {"alarm": "rollout_slow", "samples": [step * 70]}))
+        return sorted(told, key=lambda event: event[0])
 
     # -- samples -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pyarrow.dataset
 import pytest
+from asyncflow_api.refusals import problem_of
 from asyncflow_api.runs import NotBegun, RunView
 
 from asyncflow.errors import StoreError
 from asyncflow.launch import launch, resolve, resume
 from asyncflow.plan import plan
 from asyncflow.report.audit import audit
-from asyncflow.report.follow import Follower
+from asyncflow.report.follow import BeingRead, Follower
 from asyncflow.report.life import life_of
 from asyncflow.report.queue import Queue, queue_of
 from asyncflow.report.samples import Samples, Wanted
@@ -105,6 +107,26 @@ def test_what_a_resumed_run_has_taken_back_is_not_counted_twice(run_tiny: RunTin
     assert [s.version for s in live.steps] == [s.version for s in follower.steps]
     assert (live.index.step[: live.index.count] == follower.index.step[: live.index.count]).all()
     assert (live.index.state[: live.index.count] == follower.index.state[: live.index.count]).all()
+
+
+def test_a_long_ledger_is_read_by_several_who_look(run_tiny: RunTiny) -> None:
+    result = run_tiny("data.eval_size=0", "steps=2")
+    impatient = Follower(result.run_dir, patience=-1.0)
+    shares: list[int] = []
+    while True:
+        try:
+            impatient.catch_up()
+            break
+        except BeingRead as error:
+            shares += [int(share) for share in re.findall(r"(\d+)% so far: ask again", str(error))]
+
+    _, queue = ended_queue(result.run_dir)
+    assert queue_of(impatient, now=None, stat=None, size=0) == queue
+    assert shares == sorted(shares)
+    assert len(shares) == impatient.lsn - 1
+    problem = problem_of(BeingRead("x"))
+    assert problem is not None
+    assert (problem.status, problem.code, problem.headers["Retry-After"]) == (409, "run_being_read", "1")
 
 
 def test_a_run_that_has_not_begun_says_so(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_a_tail_gives_complete_lines_by_number(tmp_path: Path) -> None:
     assert tail.lines(1, 2) == [{"a": 2}, None]
     assert tail.lines(3, 5) == [{"a": 4}]
     assert tail.lines(4, 5) == tail.lines(99, 5) == []
+    assert tail.count() == Tail(path).count() == 4
 
 
 # -- a folder, whatever became of its process -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from asyncflow.launch import launch, resolve
 from asyncflow.plan import plan
 from asyncflow.report.audit import audit
+from asyncflow.report.measured import Series
 from asyncflow.runtime.control import ControlClient
 from asyncflow.store.ipc import MEDIA_TYPE, read_stream, write_stream
 from tests.conftest import TINY
@@ -163,6 +164,21 @@ def test_measurements_come_as_series_and_only_what_is_new(api: httpx.Client, end
     timed = api.get("/v1/jobs/old/metrics", params={"names": "step_time", "since_step": 4}).json()["series"]
     assert timed["step_time"]["step"] == [5, 6]
     assert timed["step_time"]["value"] == everything["series"]["step_time"]["value"][4:]
+
+
+def test_a_long_series_is_thinned_evenly_and_keeps_what_stands_out(api: httpx.Client, ended: Path) -> None:
+    series = Series(list(range(1, 10_001)), [float(at) for at in range(10_000)], [at % 7 / 7 for at in range(10_000)])
+    series.value[1234], series.value[5678], series.value[4321] = -3.0, 9.0, float("nan")
+
+    thin = series.thinned(100)
+
+    assert len(thin.value) <= 103
+    assert thin.step[-1] == 10_000
+    assert {(1235, -3.0), (5679, 9.0)} <= set(zip(thin.step, thin.value, strict=True))
+    assert sum(thin.value) / len(thin.value) == pytest.approx(sum(at % 7 / 7 for at in range(7)) / 7, abs=0.1)
+    asked: dict[str, str] = {"names": "step_time", "points": "2"}
+    served = api.get("/v1/jobs/old/metrics", params=asked).json()["series"]["step_time"]
+    assert {1, 4, 6} <= set(served["step"]) < {1, 2, 3, 4, 5, 6}
 
 
 def test_samples_come_in_pages_with_filters(api: httpx.Client, ended: Path) -> None:

@@ -110,6 +110,19 @@ def test_events_and_their_stream_tell_the_same_and_resume_anywhere(service: Runn
         assert [event.get("id") for event in rest[:-1]] == [event["id"] for event in paged[place + 1 :]]
 
 
+def test_a_stream_can_begin_with_the_newest_lines_of_the_run(service: RunningService, finished: str) -> None:
+    paged = events(service, finished)
+    own = [event for event in paged if event["type"] in ("state", "changed")]
+    lines = [event for event in paged if event not in own]
+
+    streamed = [json.loads(one["data"]) for one in stream(service, f"/v1/jobs/{finished}/events?tail=2")[:-1]]
+
+    assert sorted(event["message"] for event in streamed) == sorted(event["message"] for event in own + lines[-2:])
+    assert [event["id"] for event in streamed if event in lines] == [event["id"] for event in lines[-2:]]
+    again = stream(service, f"/v1/jobs/{finished}/events?tail=2", after=streamed[-1]["id"])
+    assert [event["event"] for event in again] == ["end"]
+
+
 def test_the_log_is_there_whole_in_pieces_and_as_a_stream(service: RunningService, finished: str) -> None:
     log = service.home / "jobs" / finished / "log"
     with log.open("a") as file:

@@ -277,6 +277,11 @@ class Jobs:
         """The cursor after all that has happened to a job by now."""
         return Cursor(self.database.last_of(job_id), self._tail(job_id).count())
 
+    def newest(self, job_id: str, lines: int) -> Cursor:
+        """Before so many of the last lines of a run, with everything that the service says. Raises NoSuchJob."""
+        self.database.get(job_id)
+        return Cursor(0, max(0, self._tail(job_id).count() - lines))
+
     def news(self, job_id: str) -> tuple[int, int]:
         """Something that differs whenever there may be new events of a job; cheap."""
         return self.database.changes, self._tail(job_id).size()

@@ -52,6 +52,9 @@ def events(
     *,
     cursor: CursorText = None,
     limit: Limit = 20,
+    tail: Annotated[
+        int | None, Query(ge=0, le=10_000, description="A stream begins with so many of the newest lines of the run.")
+    ] = None,
     last_event_id: LastEventId = None,
 ) -> Page[EventBody] | Response:
     """Events, oldest first: a page, or with `Accept: text/event-stream` all of them and then those that come.
@@ -60,7 +63,8 @@ def events(
     """
     jobs.get(job_id)
     if wants_stream(request):
-        start = _cursor(last_event_id or cursor)
+        begin = last_event_id or cursor
+        start = jobs.newest(job_id, tail) if begin is None and tail is not None else _cursor(begin)
         answer: Response = sse.stream(watches, ("events", job_id), lambda: JobEvents(jobs, job_id), start)
         return answer
     after = _cursor(position("events", cursor))

@@ -20,10 +20,13 @@ def metrics(
     *,
     names: Annotated[str | None, Query(max_length=4000, description="Separated by commas; all when left out.")] = None,
     since_step: Annotated[int, Query(ge=-1, lt=1 << 31, description="Only points of later steps.")] = -1,
+    points: Annotated[
+        int | None, Query(ge=2, le=1_000_000, description="About so many of each, evenly taken; all when left out.")
+    ] = None,
 ) -> MetricsReply:
     """Names that a run does not have are left out of the answer."""
     wanted = None if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    found = view.measured.series(wanted, since_step=since_step)
+    found = view.measured.series(wanted, since_step=since_step, points=points)
     return MetricsReply(
         names=view.measured.names(),
         series={

@@ -19,6 +19,8 @@ from asyncflow_api.watch import Batch, Sight
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
+from asyncflow.report.follow import BeingRead
+
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["queue"], route_class=RunRoute)
 
 
@@ -69,6 +71,8 @@ class Live:
             return Sight(over=True)
         except NotBegun:
             return Sight(over=over)
+        except BeingRead:
+            return Sight()
         return Sight(picture=sse.encode("live", picture), told=_without_time(picture), over=over)
 
     def read(self, at: Any, until: Any) -> Batch:
@@ -77,7 +81,7 @@ class Live:
 
 
 def look(view: RunView) -> LiveReply:
-    """The whole picture. Raises NotBegun."""
+    """The whole picture. Raises NotBegun, BeingRead."""
     found, status = view.queue(), view.status()
     return LiveReply(
         queue=QueueReply.of(found, live=view.live, bottleneck=view.bottleneck(found), history=False),

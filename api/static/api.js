@@ -73,6 +73,7 @@ export function query(values) {
 export const get = (path) => send("GET", path);
 export const getText = (path) => send("GET", path, { as: "text" });
 export const post = (path, body, headers, deadline) => send("POST", path, { body, headers, deadline });
+export const remove = (path, headers) => send("DELETE", path, { headers });
 export const patch = (path, body, headers) => send("PATCH", path, { body, headers });
 
 /** Whether the service answers at all, soon. */

@@ -1,4 +1,5 @@
-// The frame: session, connection, and which page is shown. The address is `#/`, `#/submit` or `#/jobs/<id>/<tab>`.
+// The frame: session, connection, and which page is shown. The address is `#/`, `#/submit`,
+// `#/tokens` or `#/jobs/<id>/<tab>`.
 
 import { abandon, get, onLoggedOut, post } from "./api.js";
 import { h, replace, setText } from "./dom.js";
@@ -8,6 +9,7 @@ import { Fleet } from "./pages/fleet.js";
 import { Job } from "./pages/job.js";
 import { Login } from "./pages/login.js";
 import { Submit } from "./pages/submit.js";
+import { Tokens } from "./pages/tokens.js";
 
 const ANNOUNCE_EVERY = 8000; // milliseconds between two sentences to a screen reader
 
@@ -63,17 +65,17 @@ function route({ focus }) {
   if (!app.me) return;
   const { parts, search } = parse(location.hash);
   const [name, id, ...rest] = parts;
-  const key = name === "jobs" && id ? `jobs/${id}` : name === "submit" ? "submit" : "";
+  const key = name === "jobs" && id ? `jobs/${id}` : name === "submit" ? `submit?${search}` : name === "tokens" ? "tokens" : "";
   if (page === null || key !== pageKey) {
     page?.close();
     pageKey = key;
-    page = key === "" ? new Fleet(app) : key === "submit" ? new Submit(app, search) : new Job(app, id);
+    page = key === "" ? new Fleet(app) : name === "submit" ? new Submit(app, search) : name === "tokens" ? new Tokens(app) : new Job(app, id);
     replace(main, page.element);
     scrollTo(0, 0);
   }
   page.go?.(rest, search);
   for (const link of top.querySelectorAll("[data-page]")) {
-    const current = link.dataset.page === (key === "" ? "fleet" : key);
+    const current = link.dataset.page === (key === "" ? "fleet" : name);
     if (current) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
@@ -102,6 +104,7 @@ async function enter() {
   app.me = await get("/v1/me");
   localStorage.setItem(SESSION, "there");
   top.hidden = false;
+  document.getElementById("tokens-link").hidden = !app.may("admin");
   page?.close();
   page = null;
   route({ focus: true });

@@ -9,7 +9,9 @@ const EVENT_TYPES = [
   "state", "changed", "deleted", "step", "eval", "alarm", "checkpoint", "set", "failure", "weights", "served", "resumed", "gap",
   "end",
 ];
-const MOST_EVENTS = 2000; // kept; the service has all of them
+const MOST_EVENTS = 2000; // asked for and kept; the service has all of them
+const POINTS = 1000; // of a measurement, of the steps that there were when the page was opened: more than a chart has pixels
+const BEING_READ = "run_being_read";
 const LIVE_AGAIN = 1000; // milliseconds
 const TOGETHER = 50; // milliseconds in which events are gathered: a stream begins with all that there were
 const STEPS_AGAIN = 8; // steps before the last one that are asked for again: an evaluation is measured late
@@ -25,11 +27,15 @@ export class JobFeed {
   series = {};
   names = [];
   bounds = new Map(); // step → the bound under which it was trained
-  #id; #changed; #live = null; #past = null; #last = ""; #bound = null; #fresh = new Set(); #gathered = 0; #again = 0; #asked = new Map(); #closed = false; #step = null;
+  cut = false; // there were more events than we asked for
+  reading = ""; // how much of a long ledger the service has read
+  #id; #names; #changed; #live = null; #past = null; #last = ""; #bound = null; #fresh = new Set(); #gathered = 0; #again = 0; #asked = new Map(); #closed = false; #step = null;
 
-  /** `changed(what)` is called with the name of what is new: job, live, history, metrics, events, engines, timeline. */
-  constructor(id, changed) {
+  /** `names`: of the measurements that are shown from the start. `changed(what)` is called with the name of what is new:
+   *  job, live, history, metrics, events, engines, timeline. */
+  constructor(id, names, changed) {
     this.#id = id;
+    this.#names = new Set(names);
     this.#changed = (what) => this.#closed || changed(what);
   }
 
@@ -70,6 +76,12 @@ export class JobFeed {
     });
   }
 
+  /** One more measurement is looked at. */
+  want(name) {
+    this.#names.add(name);
+    this.#askMetrics(null);
+  }
+
   refreshJob() {
     this.#soon("job", async () => this.take(await get(jobPath(this.#id))), null);
   }
@@ -86,8 +98,8 @@ export class JobFeed {
       this.refreshJob();
       this.#all();
     };
-    // It begins with everything that there was, and is over after the last event of a job that has ended.
-    const path = () => jobPath(this.#id, `/events${query({ cursor: this.#last })}`);
+    // It begins with the newest of what there was, and is over after the last event of a job that has ended.
+    const path = () => jobPath(this.#id, `/events${query(this.#last ? { cursor: this.#last } : { tail: MOST_EVENTS })}`);
     this.#past ??= new Stream(path, EVENT_TYPES, (name, event) => this.#event(name, event), again);
     if (!isLive(this.job)) {
       this.#live?.close();
@@ -132,11 +144,13 @@ export class JobFeed {
     }
     // Ids only grow, and a stream that was opened again may tell what is known.
     if (!event.id || (this.#last && compareIds(event.id, this.#last) <= 0)) return;
+    if (!this.#last) this.cut = compareIds(event.id, "0.1") > 0 && compareIds(event.id, "1.0") > 0;
     this.#last = event.id;
     this.events.push(event);
     this.#fresh.add(event.type);
     if (event.type === "set") this.#bound = event.data?.max_staleness ?? this.#bound;
-    if (event.type === "step") this.bounds.set(event.data?.step, this.#bound ?? this.job.config?.max_staleness);
+    const bound = this.#bound ?? (this.cut ? undefined : this.job.config?.max_staleness);
+    if (event.type === "step" && bound !== undefined) this.bounds.set(event.data?.step, bound);
     if (this.events.length > 2 * MOST_EVENTS) this.events = this.events.slice(-MOST_EVENTS);
     this.#gathered ||= setTimeout(() => this.#told(), TOGETHER);
   }
@@ -175,7 +189,8 @@ export class JobFeed {
     if (!this.#hasRun()) return;
     this.#soon("metrics", async () => {
       const from = since === null ? null : Math.max(0, since - STEPS_AGAIN);
-      const answer = await get(jobPath(this.#id, `/metrics${query({ since_step: from })}`));
+      const asked = { names: [...this.#names].join(), since_step: from, points: from === null ? POINTS : null };
+      const answer = await get(jobPath(this.#id, `/metrics${query(asked)}`));
       this.names = answer.names;
       this.series = from === null ? answer.series : merged(this.series, answer.series);
     });
@@ -203,9 +218,11 @@ export class JobFeed {
       last.next = null;
       try {
         await now();
+        if (what === "history") this.reading = "";
         if (say) this.#changed(say);
       } catch (error) {
         this.#failed(error);
+        if (error.code === BEING_READ) last.next ??= now;
       }
       last.busy = false;
       if (last.next && !this.#closed) this.#soon(what, last.next, say);
@@ -217,6 +234,10 @@ export class JobFeed {
 
   /** Part of the service did not answer: the connection says so already, and a run that has not begun has no queue. */
   #failed(error) {
+    if (error.code === BEING_READ) {
+      this.reading = error.message;
+      this.#changed("job");
+    }
     if (error.status === 429) return;
     if (error.status === 0 || error.status === 401 || error.status === 404 || error.status === 409) return;
     this.error = error;

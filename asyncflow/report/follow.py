@@ -6,7 +6,9 @@ and it is the same for a run that goes on, has ended, or was killed. What is new
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.errors import LedgerError
+from asyncflow.errors import LedgerError, StoreError
 from asyncflow.rundir import LEDGER
 from asyncflow.store.events import (
     Acked,
@@ -187,11 +189,15 @@ class Lives:
         return list(zip(self._lsns[places].tolist(), states, strict=True))
 
 
+class BeingRead(StoreError):
+    """A ledger that is long, and read for the first time: who looks again finds more of it read."""
+
+
 class Follower:
     """Follows one ledger. Whoever looks holds `lock`, calls `catch_up`, and reads then."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Reads nothing yet."""
+    def __init__(self, run_dir: Path, *, patience: float = math.inf) -> None:
+        """Reads nothing yet. `patience`: seconds of processor time after which `catch_up` rather says how far it is."""
         self.lock = threading.RLock()
         self.lsn = 0
         self.began = self.at = 0.0
@@ -206,6 +212,7 @@ class Follower:
         time counted."""
         self.generated = self.generated_tokens = self.trained_tokens = self.expired = 0
         """Samples and response tokens that came, those that were trained, and leases that ran out."""
+        self._patience = patience
         self._ledger = run_dir / LEDGER
         self._table: Table | None = None
         self._began_with: dict[int, int] = {}
@@ -219,13 +226,17 @@ class Follower:
         return self._table
 
     def catch_up(self) -> None:
-        """Read what is new. Raises LedgerError."""
+        """Read what is new. Raises LedgerError, and BeingRead when its patience ends first."""
+        began = time.thread_time()
         with self.lock, LedgerReader(self._ledger) as reader:
             if self._table is None:
                 self._table = Table(reader.schema, reader.terms())
                 self.waiting = {name: Waiting(stage) for name, stage in self._table.schema.stages.items()}
             for record in reader.records(after=self.lsn):
                 self._enter(reader, record)
+                if time.thread_time() - began > self._patience and self.lsn < (last := reader.last):
+                    share = self.lsn / last
+                    raise BeingRead(f"the ledger of this run is long and being read, {share:.0%} so far: ask again")
 
     # -- what is at this moment ----------------------------------------------------------------------------------------
 

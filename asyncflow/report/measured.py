@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,19 @@ class Series:
         places = [place for place, at in enumerate(self.step) if at > step]
         return Series([self.step[p] for p in places], [self.time[p] for p in places], [self.value[p] for p in places])
 
+    def thinned(self, points: int) -> Series:
+        """At most about so many, evenly taken, with the last, the lowest and the highest one: the mean stays what it
+        is, and nothing that stands out is lost."""
+        every = -(-len(self.value) // points)
+        if every <= 1:
+            return self
+        known = [place for place, value in enumerate(self.value) if math.isfinite(value)]
+        kept = {*range(0, len(self.value), every), len(self.value) - 1}
+        if known:
+            kept |= {min(known, key=self.value.__getitem__), max(known, key=self.value.__getitem__)}
+        places = sorted(kept)
+        return Series([self.step[p] for p in places], [self.time[p] for p in places], [self.value[p] for p in places])
+
     def go_back(self, step: int) -> None:
         """Forget what came after a step that the run has gone back to: it made these steps again."""
         keep = [place for place, at in enumerate(self.step) if at <= step]
@@ -49,12 +63,15 @@ class Measured:
         """Bytes of the file."""
         self._series: dict[str, Series] = {}
 
-    def series(self, names: Sequence[str] | None = None, *, since_step: int = -1) -> dict[str, Series]:
-        """Those of these names that there are (None: all), each with its points after a step."""
+    def series(
+        self, names: Sequence[str] | None = None, *, since_step: int = -1, points: int | None = None
+    ) -> dict[str, Series]:
+        """Those of these names that there are (None: all), each with its points after a step, thinned to so many."""
         with self._lock:
             self._catch_up()
             wanted = self._series if names is None else {n: self._series[n] for n in names if n in self._series}
-            return {name: series.since(since_step) for name, series in wanted.items()}
+            later = {name: series.since(since_step) for name, series in wanted.items()}
+        return later if points is None else {name: series.thinned(points) for name, series in later.items()}
 
     def names(self) -> list[str]:
         with self._lock:

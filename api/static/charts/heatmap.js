@@ -1,6 +1,6 @@
 // Staleness over time: a column for each step, a row for each staleness, darker where more of the step's samples are.
 
-import { number, percent, plural } from "../format.js";
+import { many, number, percent, plural, versionNumber } from "../format.js";
 import { between, colours, onTheme } from "../theme.js";
 import { h, setText } from "../dom.js";
 import { Canvas, Figure } from "./figure.js";
@@ -10,7 +10,7 @@ const BELOW = 18; // … and of the steps
 const WIDEST = 26; // CSS pixels of a column at most: a few steps do not fill the whole width
 
 export class Heatmap {
-  #figure; #canvas; #steps = []; #histograms = []; #bounds = []; #bound = 0; #readout; #bins = [];
+  #figure; #canvas; #steps = []; #histograms = []; #bounds = []; #bound = 0; #made = 0; #readout; #bins = [];
 
   constructor() {
     this.#figure = new Figure({ title: "Staleness of what each step trained", className: "heatmap" });
@@ -25,12 +25,14 @@ export class Heatmap {
     this.element = this.#figure.element;
   }
 
-  /** `history`: {step, histogram}; `bound`: what it is now; `bounds`: step → what it was then, for the steps of which
-   *  that is known. What is not known is taken as the highest: nothing may look like a breach that was none. */
-  show(history, bound, bounds) {
+  /** `queue`: its `history` has the last steps. `bounds`: step → what the bound was then, for the steps of which that is
+   *  known; `first`: what it was at first. What is not known is taken as the highest: nothing may look like a breach that
+   *  was none. */
+  show({ history, learner, max_staleness: bound }, bounds, first) {
     this.#steps = history?.step ?? [];
     this.#histograms = history?.histogram ?? [];
-    const highest = [...bounds.values()].reduce((most, value) => Math.max(most, value), bound);
+    const highest = [...bounds.values()].reduce((most, value) => Math.max(most, value), Math.max(bound, first ?? 0));
+    this.#made = versionNumber(learner) ?? 0;
     this.#bounds = this.#steps.map((step) => bounds.get(step) ?? highest);
     this.#bound = bound;
     this.#figure.says(this.#sentence());
@@ -72,7 +74,8 @@ export class Heatmap {
     const verdict = above
       ? `${plural(above, "sample")} above the bound`
       : `none above the bound${this.#bounds.some((own) => own !== this.#bound) ? " of its time" : ` of ${this.#bound}`}`;
-    return `${plural(this.#steps.length, "step")}: on average ${number(weighted / (samples || 1))} policy versions, `
+    const steps = this.#made > this.#steps.length ? `The last ${many(this.#steps.length)} of ${many(this.#made)} steps` : plural(this.#steps.length, "step");
+    return `${steps}: on average ${number(weighted / (samples || 1))} policy versions, `
       + `at most ${highest}, ${verdict}.`;
   }
 

@@ -124,7 +124,8 @@ export class LineChart {
     const values = [low, high, ...this.#from].filter(isNumber);
     if (!values.length) return [0, 1];
     const [bottom, top] = [Math.min(...values), Math.max(...values)];
-    if (bottom === top) return [bottom - (Math.abs(bottom) || 1) * 0.1, top + (Math.abs(top) || 1) * 0.1];
+    const wide = (Math.abs(top) || 1) * 0.1; // of a line that never moves
+    if (bottom === top) return [this.#from.includes(bottom) ? bottom : bottom - wide, top + wide];
     const room = (top - bottom) * 0.06;
     return [this.#from.includes(bottom) ? bottom : bottom - room, top + room];
   }

@@ -43,7 +43,7 @@ export class EventsTab {
   show(what) {
     if (what !== "events" && what !== "all") return;
     const wanted = this.#feed.events.filter((event) => this.#all.checked || event.level !== "info" || !QUIET.includes(event.type));
-    setText(this.#says, wanted.length ? `${plural(wanted.length, "event")}, the newest first.` : "Nothing has happened yet.");
+    setText(this.#says, wanted.length ? `${plural(wanted.length, "event")}, the newest first${this.#feed.cut ? ", of the run's last 2,000 lines: asyncflow events has all" : ""}.` : "Nothing has happened yet.");
     this.#rows.show(wanted.slice(-SHOWN).reverse());
   }
 

@@ -1,12 +1,14 @@
 // One job: its head with the controls, and the tabs below it.
 
-import { jobPath, patch, post } from "../api.js";
+import { get, jobPath, patch, post, remove } from "../api.js";
 import { h, replace, setAttribute, setText } from "../dom.js";
 import { clock, duration, epoch, many } from "../format.js";
 import { JobFeed } from "../feed.js";
+import { Question } from "../question.js";
 import { isEnded, isLive, MAY, tone } from "../words.js";
 import { ConfigTab } from "./config.js";
 import { EventsTab } from "./events.js";
+import { CHARTED } from "./learning.js";
 import { Overview } from "./overview.js";
 import { SamplesTab } from "./samples.js";
 
@@ -18,7 +20,7 @@ const TABS = [
 ];
 
 export class Job {
-  #app; #id; #feed; #parts; #tabs; #tab = null; #tabName = null; #place; #notice; #pending = null; #timer; #said = {};
+  #app; #id; #feed; #parts; #tabs; #tab = null; #tabName = null; #place; #notice; #pending = null; #timer; #said = {}; #checkpointed = false;
 
   constructor(app, id) {
     this.#app = app;
@@ -29,7 +31,7 @@ export class Job {
     this.#parts = this.#head();
     this.element = h("div", { class: "page job-page" }, this.#parts.element, this.#notice,
       h("nav", { class: "tabs", "aria-label": "Of this job" }, this.#tabs), this.#place);
-    this.#feed = new JobFeed(id, (what) => this.#show(what));
+    this.#feed = new JobFeed(id, CHARTED, (what) => this.#show(what));
     this.#feed.start().catch((error) => {
       this.#say(error.status === 404 ? "There is no such job." : error.message);
       setText(this.#parts.name, id);
@@ -66,26 +68,30 @@ export class Job {
     const button = (text, action, extra = "") => h("button", { type: "button", class: extra, on: { click: action } }, text);
     parts.pause = button("Pause", () => this.#ask("pause"));
     parts.resume = button("Resume", () => this.#ask("resume"), "primary");
-    parts.cancel = button("Cancel", () => this.#confirmCancel(), "danger");
     parts.bound = h("input", { id: "bound", type: "number", min: "0", max: "1000", step: "1", inputmode: "numeric", required: true, "aria-describedby": "bound-now" });
     parts.apply = h("button", { type: "submit" }, "Apply");
     parts.boundNow = h("span", { class: "unseen", id: "bound-now" });
     parts.boundForm = h("form", { class: "bound", on: { submit: (event) => this.#changeBound(event) } },
       h("label", { for: "bound" }, "max_staleness"), parts.bound, parts.apply, parts.boundNow);
     parts.bound.addEventListener("input", () => this.#buttons());
-    parts.dialog = h("dialog", { "aria-labelledby": "cancel-title" },
-      h("h2", { id: "cancel-title" }, "Cancel this job?"),
-      h("p", {}, "It stops in order and leaves a checkpoint, from which another job can go on. What is being generated is lost."),
-      h("form", { method: "dialog", class: "row" },
-        h("button", { value: "no", class: "quiet" }, "Keep it running"),
-        h("button", { value: "yes", class: "danger" }, "Cancel the job")));
-    parts.dialog.addEventListener("close", () => parts.dialog.returnValue === "yes" && this.#ask("cancel"));
-    parts.controls = h("div", { class: "controls" }, parts.boundForm, h("div", { class: "row" }, parts.pause, parts.resume, parts.cancel));
+    const cancelling = new Question({
+      title: "Cancel this job?", no: "Keep it running", yes: "Cancel the job", done: () => this.#ask("cancel"),
+      text: "It stops in order and leaves a checkpoint, from which another job can go on. What is being generated is lost.",
+    });
+    parts.cancel = button("Cancel", () => cancelling.ask(), "danger");
+    const deleting = new Question({
+      title: "Delete this job?", no: "Keep it", yes: "Delete the job", done: () => this.#delete(),
+      text: "Its samples, checkpoints, weights, events and log are removed, and nothing brings them back.",
+    });
+    parts.delete = button("Delete", () => deleting.ask(), "danger");
+    parts.goOn = h("a", { class: "button", href: `#/submit?resume=${encodeURIComponent(this.#id)}` }, "Go on from this job");
+    parts.controls = h("div", { class: "controls" }, parts.boundForm,
+      h("div", { class: "row" }, parts.pause, parts.resume, parts.cancel, parts.goOn, parts.delete));
     parts.element = h("header", { class: "job-head" },
       h("div", { class: "job-title" }, parts.name, h("p", { class: "job-state" }, parts.dot, parts.state)),
       parts.facts, parts.controls,
       h("div", { class: "job-meter" }, h("span", { class: "progress", "aria-hidden": "true" }, parts.bar), h("p", {}, parts.steps, parts.times)),
-      parts.reason, parts.dialog);
+      parts.reason, cancelling.element, deleting.element);
     return parts;
   }
 
@@ -101,6 +107,7 @@ export class Job {
     }
     if (what === "job") {
       if (this.#said.state && this.#said.state !== job.state) this.#app.announce(`The job is ${job.state}.`);
+      if (this.#said.state !== job.state) this.#askCheckpoints();
       this.#said.state = job.state;
     }
     const stage = queue?.bottleneck?.stage;
@@ -139,10 +146,15 @@ export class Job {
     if (!job) return;
     const may = (action) => this.#app.may("submit") && MAY[action].includes(job.state);
     const pausing = MAY.resume.includes(job.state);
-    parts.controls.hidden = !this.#app.may("submit") || isEnded(job);
-    parts.pause.hidden = pausing;
-    parts.resume.hidden = !pausing;
+    const ended = isEnded(job);
+    parts.controls.hidden = !this.#app.may("submit");
+    parts.boundForm.hidden = parts.cancel.hidden = ended;
+    parts.pause.hidden = ended || pausing;
+    parts.resume.hidden = ended || !pausing;
+    parts.delete.hidden = !ended;
+    parts.goOn.hidden = !ended || !this.#checkpointed;
     for (const name of ["pause", "resume", "cancel"]) parts[name].disabled = !may(name) || this.#pending !== null;
+    parts.delete.disabled = this.#pending !== null;
     const known = String(job.max_staleness ?? "");
     // Whoever is about to type keeps what was typed; a change of somebody else is shown beside it.
     if (document.activeElement !== parts.bound && (parts.bound.value === "" || parts.bound.value === this.#said.bound)) parts.bound.value = known;
@@ -152,9 +164,23 @@ export class Job {
     parts.apply.disabled = !may("change") || this.#pending !== null || parts.bound.value === known || !parts.bound.validity.valid;
   }
 
-  #confirmCancel() {
-    this.#parts.dialog.returnValue = "";
-    this.#parts.dialog.showModal();
+  /** Whether another job can go on from this one. */
+  async #askCheckpoints() {
+    if (this.#checkpointed || !isEnded(this.#feed.job) || !this.#feed.job.started_at) return;
+    try {
+      const { data } = await get(jobPath(this.#id, "/checkpoints?limit=1"));
+      this.#checkpointed = data.length > 0;
+      this.#buttons();
+    } catch {
+      // the tab of the configuration says why there are none
+    }
+  }
+
+  async #delete() {
+    await this.#change("delete", async () => {
+      await remove(jobPath(this.#id));
+      location.hash = "#/";
+    });
   }
 
   async #ask(action) {

@@ -15,6 +15,15 @@ const CHARTS = [
     means: "0: engine and learner are the same policy",
   },
   {
+    title: "Staleness of a step",
+    lines: [
+      { name: "sample/staleness_mean", label: "mean", tone: "accent" },
+      { name: "sample/staleness_max", label: "max", tone: "faint" },
+    ],
+    from: [0],
+    means: "In policy versions",
+  },
+  {
     title: "Behaviour ratio π_prox/μ",
     lines: [
       { name: "ratio/behaviour_mean", label: "mean", tone: "accent" },
@@ -69,12 +78,15 @@ const CHARTS = [
   },
 ];
 
-const CHARTED = new Set(CHARTS.flatMap((chart) => chart.lines.map((line) => line.name)));
+/** The measurements that have a chart of their own. */
+export const CHARTED = new Set(CHARTS.flatMap((chart) => chart.lines.map((line) => line.name)));
 
 export class Learning {
-  #charts = CHARTS.map((chart) => new LineChart(chart)); #other = null; #select; #place; #names = ""; #series = {}; #empty;
+  #want; #charts = CHARTS.map((chart) => new LineChart(chart)); #other = null; #select; #place; #names = ""; #series = {}; #empty;
 
-  constructor() {
+  /** `want(name)`: one more measurement is looked at. */
+  constructor(want) {
+    this.#want = want;
     this.#select = h("select", { id: "other-metric", on: { change: () => this.#choose() } });
     this.#place = h("div", { class: "other" });
     this.#empty = h("p", { class: "empty" }, "No step has been measured yet.");
@@ -111,5 +123,6 @@ export class Learning {
     this.#other = new LineChart({ title: name, lines: [{ name, label: name, tone: "accent", kind: "mean" }] });
     replace(this.#place, this.#other.element);
     this.#other.show(this.#series);
+    this.#want(name);
   }
 }

@@ -26,7 +26,7 @@ export class Overview {
     this.#id = id;
     this.#feed = feed;
     this.#bottleneck = h("p", { class: "bottleneck" });
-    this.#alarms = h("ul", { class: "alarms" });
+    this.#alarms = h("ul", { class: "alarms", hidden: true });
     this.#account = new Account();
     this.#error = h("p", { class: "error", role: "alert" });
     this.#waiting = h("p", { class: "empty" });
@@ -37,7 +37,7 @@ export class Overview {
     this.#stages = new Stages();
     this.#workers = new Workers((name, wanted) => this.#drain(name, wanted));
     this.#timeline = new Timeline();
-    this.#learning = new Learning();
+    this.#learning = new Learning((name) => this.#feed.want(name));
     this.#weights = new Weights();
     this.#running = h("div", { class: "overview" },
       h("h2", { class: "unseen" }, "Now"), this.#bottleneck, this.#alarms,
@@ -70,11 +70,11 @@ export class Overview {
     this.#running.hidden = !queue;
     this.#waiting.hidden = Boolean(queue);
     if (!queue) {
-      setText(this.#waiting, job.started_at || isLive(job) ? "The run is starting." : isEnded(job) ? "This job ended before its run began." : "Waiting for a free slot. What the run does shows up here as soon as it begins.");
+      setText(this.#waiting, this.#feed.reading ? this.#feed.reading : job.started_at || isLive(job) ? "The run is starting." : isEnded(job) ? "This job ended before its run began." : "Waiting for a free slot. What the run does shows up here as soon as it begins.");
       return;
     }
     if (what === "live" || what === "all" || what === "job") this.#live(queue, workers);
-    if (["history", "live", "events", "all"].includes(what)) this.#heatmap.show(queue.history, queue.max_staleness, this.#feed.bounds);
+    if (["history", "live", "events", "all"].includes(what)) this.#heatmap.show(queue, this.#feed.bounds, job.config?.max_staleness);
     if (what === "metrics" || what === "all") this.#learning.show(this.#feed.series, this.#feed.names);
     if (what === "engines" || what === "events" || what === "all") this.#weights.show(this.#feed.engines, this.#feed.events);
     if (what === "events" || what === "all") this.#showAlarms();

@@ -76,7 +76,9 @@ export class SamplesTab {
       if (place >= 0) this.#list.children[place]?.querySelector("a").focus();
       this.#mark();
     } catch (error) {
-      if (asked === this.#asked) setText(this.#says, error.message);
+      if (asked !== this.#asked) return;
+      setText(this.#says, error.message);
+      if (error.retryAfter) this.#timer = setTimeout(() => this.#load(more), 1000 * error.retryAfter);
     }
   }
 

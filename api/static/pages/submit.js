@@ -1,8 +1,10 @@
-// A new job from a configuration in YAML or JSON (which is YAML too): what the service says of it, and its start.
+// A new job from a configuration in YAML or JSON (which is YAML too), or one that goes on from a job that has ended:
+// what the service says of it, and its start.
 
 import { freshKey, get, jobPath, post } from "../api.js";
 import { CORE_SCHEMA, dump, load } from "../vendor/js-yaml/js-yaml.mjs";
-import { h, replace } from "../dom.js";
+import { h, replace, setText } from "../dom.js";
+import { labelsText, parseLabels } from "../labels.js";
 
 const PLANNING = 180_000; // milliseconds: a process of its own looks at the model and at the data
 
@@ -26,7 +28,7 @@ learner: {engine: fake}
 `;
 
 export class Submit {
-  #text; #name; #priority; #labels; #answer; #buttons; #key = null;
+  #text; #name; #priority; #labels; #answer; #buttons; #help; #title; #key = null; #before = null;
 
   constructor(app, search) {
     app.title("Submit a job");
@@ -39,17 +41,23 @@ export class Submit {
     const validate = h("button", { type: "button", on: { click: () => this.#validate() } }, "Validate");
     const submit = h("button", { type: "submit", class: "primary" }, "Submit");
     this.#buttons = [validate, submit];
-    this.element = h("div", { class: "page" }, h("div", { class: "page-head" }, h("h1", {}, "Submit a job")),
+    this.#title = h("h1", {}, "Submit a job");
+    this.#help = h("p", { class: "help", id: "config-help" }, "YAML or JSON, as for ", h("code", {}, "asyncflow run"), ". The service chooses the run directory.");
+    this.element = h("div", { class: "page" }, h("div", { class: "page-head" }, this.#title),
       app.may("submit") ? null : h("p", { class: "notice" }, "This token may only read."),
       h("form", { class: "submit-form grid", on: { submit: (event) => this.#submit(event) } },
-        h("div", { class: "c8" }, h("label", { for: "config" }, "Configuration"), h("p", { class: "help", id: "config-help" }, "YAML or JSON, as for ", h("code", {}, "asyncflow run"), ". The service chooses the run directory."), this.#text),
+        h("div", { class: "c8" }, h("label", { for: "config" }, "Configuration"), this.#help, this.#text),
         h("div", { class: "c4 side" },
           h("label", { for: "name" }, "Name"), this.#name,
           h("label", { for: "priority" }, "Priority, 0 to 100"), this.#priority,
           h("label", { for: "labels" }, "Labels"), this.#labels,
           h("p", { class: "row" }, validate, submit), this.#answer)));
-    const from = search.get("from");
-    if (from) this.#fill(from);
+    const [from, before] = [search.get("from"), search.get("resume")];
+    if (before) {
+      this.#before = before;
+      validate.hidden = true; // the plan of such a job needs its run, and is made when it is taken in
+      this.#goOn(before);
+    } else if (from) this.#fill(from);
   }
 
   close() {}
@@ -60,12 +68,32 @@ export class Submit {
       const config = { ...job.config };
       delete config.run_dir; // the service chooses another one
       this.#text.value = dump(config, { schema: CORE_SCHEMA, lineWidth: 100, noRefs: true });
-      this.#name.value = job.name ?? "";
-      this.#priority.value = String(job.priority);
-      this.#labels.value = Object.entries(job.labels ?? {}).map(([key, value]) => `${key}=${value}`).join(", ");
+      this.#described(job);
     } catch (error) {
       this.#say("error", error.message);
     }
+  }
+
+  /** A job that goes on with the run of this one: only what changes is written. */
+  async #goOn(id) {
+    this.#text.value = "";
+    try {
+      const job = await get(jobPath(id));
+      const made = job.config?.steps ?? 0;
+      setText(this.#title, `Go on from ${job.name || job.id}`);
+      replace(this.#help, "A new job goes on from the last checkpoint of ",
+        h("a", { href: `#/jobs/${encodeURIComponent(id)}` }, job.name || job.id), `, which was to make ${made} steps. Write only what changes.`);
+      this.#text.value = `steps: ${job.state === "succeeded" ? 2 * made : made}\n`;
+      this.#described(job);
+    } catch (error) {
+      this.#say("error", error.message);
+    }
+  }
+
+  #described(job) {
+    this.#name.value = job.name ?? "";
+    this.#priority.value = String(job.priority);
+    this.#labels.value = labelsText(job.labels);
   }
 
   #edited() {
@@ -84,23 +112,23 @@ export class Submit {
       if (line !== undefined) this.#selectLine(line);
       return null;
     }
+    if (this.#before !== null) config ??= {}; // nothing changes
     if (config === null || typeof config !== "object" || Array.isArray(config)) {
       this.#say("error", "A configuration is a mapping of settings, such as `model: tiny`.");
       return null;
     }
-    const labels = {};
-    for (const part of this.#labels.value.split(",").map((text) => text.trim()).filter(Boolean)) {
-      const [key, ...value] = part.split("=");
-      if (!value.length) {
-        this.#say("error", `The label ${part} has no value: write key=value.`);
-        return null;
-      }
-      labels[key.trim()] = value.join("=").trim();
+    let labels;
+    try {
+      labels = parseLabels(this.#labels.value);
+    } catch (error) {
+      this.#say("error", error.message);
+      return null;
     }
     const body = { config, priority: this.#priority.valueAsNumber };
     if (!Number.isInteger(body.priority)) delete body.priority;
     if (this.#name.value.trim()) body.name = this.#name.value.trim();
     if (Object.keys(labels).length) body.labels = labels;
+    if (this.#before !== null) body.resume_from = this.#before;
     return body;
   }
 
