@@ -47,11 +47,15 @@ def test_the_specification_has_every_route_and_every_kind_of_error(http: TestCli
     assert {"/healthz", "/v1/jobs", "/v1/jobs/{job_id}/events", "/v1/tokens"} <= specification["paths"].keys()
     for path, methods in specification["paths"].items():
         for method, operation in methods.items():
-            content = operation["responses"]["4XX"]["content"]
+            errors = {status: what for status, what in operation["responses"].items() if status >= "400"}
+            assert {"400", "500"} <= errors.keys(), (method, path)
             openai = ROUTES.fullmatch(path) is not None
-            kind, name = ("application/json", "OpenAIError") if openai else ("application/problem+json", "ProblemBody")
-            assert content == {kind: {"schema": {"$ref": f"#/components/schemas/{name}"}}}, (method, path)
-            assert "422" not in operation["responses"]
+            for status, what in errors.items():
+                name = f"{'OpenAI' if openai else 'Problem'}{status}"
+                assert what == {"$ref": f"#/components/responses/{name}"}, (method, path)
+                (content,) = specification["components"]["responses"][name]["content"].items()
+                kind, schema = ("json", "OpenAIError") if openai else ("problem+json", "ProblemBody")
+                assert content == (f"application/{kind}", {"schema": {"$ref": f"#/components/schemas/{schema}"}})
 
 
 def test_each_application_is_a_new_one(settings: Settings) -> None:

@@ -193,6 +193,9 @@ def test_however_many_look_at_a_run_it_is_asked_once(tmp_path: Path) -> None:
     class Run:
         asked = 0
 
+        def status(self) -> dict[str, Any]:
+            return {}
+
         def workers(self) -> list[dict[str, Any]]:
             self.asked += 1
             return [{"name": f"worker {self.asked}"}]

@@ -34,6 +34,7 @@ from asyncflow.client.models import (
 from asyncflow.client.streams import follow
 from asyncflow.errors import ServiceError, UserError
 
+CHANGED: Final = "job"
 DELETED: Final = "deleted"
 JOB_ID: Final = re.compile(r"job_[0-9A-Za-z_-]{1,64}")
 TOKEN_ID: Final = re.compile(r"tok_[0-9A-Za-z_-]{1,60}")
@@ -152,6 +153,8 @@ class Client:
         Goes on over disconnects and restarts of the service. Several changes of one job may be told as one.
         """
         for message in follow(self._connection, "/v1/events", after=after):
+            if message.event not in (CHANGED, DELETED):
+                continue  # how far live jobs are
             if message.event == DELETED:
                 job, job_id = None, str(self._connection.decode(dict[str, Any], message.data).get("id", ""))
             else:

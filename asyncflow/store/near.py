@@ -118,9 +118,6 @@ class Messages:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def __del__(self) -> None:
-        self._connection.close()  # of a client that nobody has closed
-
 
 def _length(data: bytearray, most: int) -> int:
     size = int.from_bytes(data[:LENGTH], "little")
@@ -256,6 +253,13 @@ class NearServer:
             return b"!", wire.encode_json(wire.Refusal.of(StoreError(text)))
 
 
+class _Connection(socket.socket):
+    """Is closed without a warning when its client is forgotten, as a Flight client's is."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class NearClient:
     """Calls at the socket in a folder. Thread-safe."""
 
@@ -297,7 +301,7 @@ class NearClient:
             messages.close()
 
     def _open(self) -> Messages:
-        connection = socket.socket(socket.AF_UNIX)
+        connection = _Connection(socket.AF_UNIX)
         messages = Messages(connection)
         try:
             connection.settimeout(PATIENCE)
