@@ -82,7 +82,10 @@ class RunView:
         self.samples = Samples(run_dir, self._follower_of(run_dir), store=self._store_if_there)
         self._lock = threading.Lock()
         self._connected: tuple[str, Store] | None = None
-        self._asking = threading.RLock()
+        self._asked = threading.Lock()
+        self._asking: dict[str, threading.Lock] = {}
+        self._changes = 0
+        """How often somebody has changed something: what was asked before tells of what was."""
         self._looks: dict[str, tuple[float, Any]] = {}
         """What was asked for → until when it holds (monotonic), and the answer."""
         self._diagnosed: tuple[int, Bottleneck | None] | None = None
@@ -113,19 +116,25 @@ class RunView:
     def _look(self, what: str, ask: Callable[[], T]) -> T:
         """An answer that is `FRESH`, whoever has asked for it: however many look on, the run is asked as often, and one
         that hangs holds one of them, not all."""
-        with self._asking:
+        with self._asked:
+            asking = self._asking.setdefault(what, threading.Lock())
+        with asking:
+            changes = self._changes
             until, answer = self._looks.get(what, (-math.inf, None))
             began = time.monotonic()
             if began >= until:
                 answer = ask()
                 now = time.monotonic()
-                self._looks[what] = now + max(FRESH, now - began), answer
+                with self._asked:
+                    if changes == self._changes:
+                        self._looks[what] = now + max(FRESH, now - began), answer
             found: T = answer
             return found
 
     def look_again(self) -> None:
         """Somebody has changed something: whoever looks now sees it."""
-        with self._asking:
+        with self._asked:
+            self._changes += 1
             self._looks.clear()
 
     @property

@@ -66,7 +66,7 @@ class Source(Protocol):
     def look(self) -> Sight:
         """In a thread, never two at a time."""
 
-    def read(self, at: Any, until: Any) -> Batch:
+    def read(self, at: Any, until: Any, /) -> Batch:
         """The next events after a position, up to another one; in a thread."""
 
 

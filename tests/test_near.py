@@ -217,7 +217,8 @@ def test_what_a_client_waited_for_that_has_gone_is_given_to_others(served: Serve
     assert len(take(client, "rollout").sample_ids) == 2
 
 
-def test_who_waits_hears_that_the_store_has_closed(served: Served) -> None:
+@pytest.mark.parametrize("closes", ["the store", "the client"])
+def test_who_waits_hears_that_the_store_or_his_own_client_has_closed(served: Served, closes: str) -> None:
     client = served.connect()
     heard: list[Exception] = []
 
@@ -230,25 +231,7 @@ def test_who_waits_hears_that_the_store_has_closed(served: Served) -> None:
     waiting = threading.Thread(target=wait)
     waiting.start()
     wait_for(lambda: served.store.stat().waiting.get("rollout") == 1)
-    served.server.close()
-    waiting.join(SOON)
-    assert [type(error) for error in heard] == [Closed]
-
-
-def test_a_client_that_is_closed_ends_what_waits_in_its_other_threads(served: Served) -> None:
-    client = served.connect()
-    heard: list[Exception] = []
-
-    def wait() -> None:
-        try:
-            client.lease("rollout", worker="w", max_rows=1, ttl=60.0, timeout=60.0)
-        except StoreError as error:
-            heard.append(error)
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    wait_for(lambda: served.store.stat().waiting.get("rollout") == 1)
-    client.close()
+    (served.server if closes == "the store" else client).close()
     waiting.join(SOON)
     assert [type(error) for error in heard] == [Closed]
 

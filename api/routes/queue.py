@@ -75,9 +75,9 @@ class Live:
             return Sight()
         return Sight(picture=sse.encode("live", picture), told=_without_time(picture), over=over)
 
-    def read(self, at: Any, until: Any) -> Batch:
-        """There is no history: the ledger and the events have it."""
-        raise NotImplementedError
+    def read(self, at: Any, _until: Any, /) -> Batch:
+        """Nothing: a picture has no history. The ledger and the events have it."""
+        return b"", at
 
 
 def look(view: RunView) -> LiveReply:
