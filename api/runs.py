@@ -35,6 +35,7 @@ from asyncflow.store.home import address_of, read_token
 from asyncflow.store.remote import connect
 from asyncflow.store.schema import Schema
 from asyncflow.store.store import Store
+from asyncflow.store.topics import ADMISSION, FEEDER
 
 PATIENCE: Final = 2.0
 """Seconds for which a store that does not answer is waited for."""
@@ -240,7 +241,9 @@ class RunView:
         groups = store.admit(prompts, samples, put=put, timeout=timeout)
         self.look_again()
         if groups is None:
-            raise NoRoom(f"there is no room for so many now (it waits for: {store.awaited('admission')}): try again")
+            waits = store.awaited(ADMISSION)
+            why = "there is some by now" if waits == FEEDER else f"it waits for: {waits}"
+            raise NoRoom(f"there was no room for so many ({why}): try again")
         return groups
 
     def lease(

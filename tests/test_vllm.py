@@ -479,9 +479,15 @@ def test_killing_the_owner_leaves_no_engine_and_the_next_start_sweeps_up(tmp_pat
 
 
 def engine_processes() -> set[psutil.Process]:
-    """Children of this process, without the one that multiprocessing keeps for itself."""
-    children = psutil.Process().children(recursive=True)
-    return {child for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+    """Children of this process that run, without the one that multiprocessing keeps for itself."""
+    return {child for child in psutil.Process().children(recursive=True) if is_of_an_engine(child)}
+
+
+def is_of_an_engine(child: psutil.Process) -> bool:
+    try:
+        return "resource_tracker" not in " ".join(child.cmdline())
+    except psutil.NoSuchProcess:  # it has ended, or is a zombie that another test has not waited for
+        return False
 
 
 def socket_folders() -> set[Path]:
