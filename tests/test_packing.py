@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncflow.algorithms.packing import MAX_SHARED_TOKENS, Packed, jagged, pack
+from asyncflow.algorithms.packing import MAX_SHARED_TOKENS, Packed, pack
 from asyncflow.engines.models import load_tokenizer, resolve_model
 from asyncflow.engines.torch_learner import HuggingFacePolicy
 from asyncflow.types import TrainSample
@@ -238,29 +237,3 @@ def test_the_gradient_of_the_padding_token_is_kept_because_it_often_ends_a_seque
     response_logprobs(policy, [sample], pass_tokens=100, share_prompts=True)[0].sum().backward()
 
     assert gradients(policy)["model.embed_tokens.weight"][2].norm() > 0
-
-
-@pytest.mark.parametrize("dtype", [pa.int64(), pa.int32(), pa.float32()], ids=str)
-def test_a_column_of_the_store_is_a_jagged_tensor_of_the_same_memory(dtype: pa.DataType) -> None:
-    column = pa.array([[1, 2, 3], [], [4, 5]], pa.list_(dtype))
-
-    tensor = jagged(column)
-
-    assert [row.tolist() for row in tensor.unbind()] == [[1, 2, 3], [], [4, 5]]
-    assert tensor.values().data_ptr() == column.values.buffers()[1].address
-
-
-def test_rows_out_of_the_middle_of_a_column_are_a_jagged_tensor() -> None:
-    column = pa.array([[1], [2, 3], [4], [5, 6]], pa.list_(pa.int64()))
-
-    assert [row.tolist() for row in jagged(column.slice(1, 2)).unbind()] == [[2, 3], [4]]
-
-
-def test_a_column_without_rows_is_a_tensor_without_rows() -> None:
-    assert jagged(pa.array([], pa.list_(pa.float32()))).shape[0] == 0
-
-
-@pytest.mark.parametrize("rows", [[[1], None], [[1, None]]], ids=["no list", "no value"])
-def test_a_column_with_empty_values_is_no_tensor(rows: list[Any]) -> None:
-    with pytest.raises(ValueError, match="empty values"):
-        jagged(pa.array(rows, pa.list_(pa.int64())))

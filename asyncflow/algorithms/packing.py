@@ -20,7 +20,6 @@ import numpy as np
 from asyncflow.types import Int32s, TokenSample
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
     from torch import Tensor
 
@@ -51,27 +50,6 @@ class _Unit:
     prompt: Int32s
     samples: tuple[int, ...]
     length: int
-
-
-def jagged(column: pa.ListArray) -> Tensor:
-    """A column of the store as a nested tensor (B, ragged) of its values, which are not copied.
-
-    The memory is that of the store's files: write to a copy. Raises ValueError for a column with empty values.
-    """
-    import torch
-    from torch.utils.dlpack import from_dlpack
-
-    offsets = column.offsets.to_numpy()
-    first, last = int(offsets[0]), int(offsets[-1])
-    values = column.values.slice(first, last - first)
-    if column.null_count or values.null_count:
-        raise ValueError("a column with empty values has no tensor: fill them first")
-    with torch.no_grad():  # a third of the time otherwise goes into the record of a view
-        return torch.nested.nested_tensor_from_jagged(
-            # DLPack: `torch.from_numpy` warns about memory that may not be written to.
-            from_dlpack(values),
-            torch.from_numpy(offsets.astype(np.int64) - first),
-        )
 
 
 def pack(

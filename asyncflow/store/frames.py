@@ -155,7 +155,7 @@ def check_schema(schema: pa.Schema) -> None:
 
 def _check_type(name: str, kind: pa.DataType, depth: int) -> None:
     types = pa.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if is_list(kind):
         if depth == 0:
             raise ValueError(f"column {name} is nested more than {MAX_DEPTH} deep")
         _check_type(name, kind.value_type, depth - 1)
@@ -171,6 +171,12 @@ def _check_type(name: str, kind: pa.DataType, depth: int) -> None:
         or types.is_fixed_size_binary(kind)
     ):
         raise ValueError(f"column {name} has the type {kind}, which frames do not have")
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Lists of any kind."""
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def header_at(data: Bytes, segment: int, offset: int) -> Header:

@@ -67,9 +67,9 @@ class Marks:
             return
         if there is False and not self.count:
             return
-        there = np.broadcast_to(there, ids.shape)
         inside = self._inside(ids)
         if not inside.all():
+            there = np.broadcast_to(there, ids.shape)
             if len(new := ids[there]):
                 self._reach(int(new.min()), int(new.max()))
                 inside = self._inside(ids)

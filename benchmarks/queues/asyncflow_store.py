@@ -21,9 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from asyncflow.algorithms.packing import jagged
+from asyncflow.algorithms.jagged import tensors
 from asyncflow.doctor import installed
 from asyncflow.store.client import Lease
 from asyncflow.store.events import Opened
@@ -175,13 +174,6 @@ def arrow(column: Ragged | Any) -> pa.Array:
     if isinstance(column, Ragged):
         return pa.ListArray.from_arrays(pa.array(column.offsets.astype("int32")), pa.array(column.values))
     return pa.array(column)
-
-
-def tensors(data: pa.RecordBatch) -> Mapping[str, Tensor]:
-    return {
-        name: jagged(column) if pa.types.is_list(column.type) else from_dlpack(column)
-        for name, column in zip(data.schema.names, data.columns, strict=True)
-    }
 
 
 def connect(address: tuple[str, str], *, remote: bool = False) -> OurStore:
