@@ -125,6 +125,14 @@ MEASUREMENTS = (
         quick={"gets": 8},
     ),
     Measurement(
+        figure="calls",
+        keys={
+            "call_p50_ms": Key(value=milliseconds("near_s"), less_is_better=True),
+            "call_flight_p50_ms": Key(value=milliseconds("far_s"), less_is_better=True),
+        },
+        quick={"times": 10},
+    ),
+    Measurement(
         figure="wake",
         keys={
             "wake_p50_ms": Key(value=milliseconds("wake_s"), target="≤ 1", less_is_better=True),

@@ -159,6 +159,9 @@ class OurStore(Queue):
     def park(self) -> None:
         self._store.lease("parked", worker=self._worker, max_rows=1, ttl=600.0, timeout=3600.0)
 
+    def call(self) -> None:
+        self._store.awaited("reader")
+
     def die(self) -> None:
         self._store.gone(self._worker)
 

@@ -122,6 +122,10 @@ class Queue(ABC):
         """Wait for samples that never come, until the process is killed."""
         self.can_park()
 
+    def call(self) -> None:
+        """A call that does next to nothing. Raises MissingFeature."""
+        raise MissingFeature("it has no call that does nothing")
+
     def die(self) -> None:
         """Tell the queue that this consumer has died. Raises MissingFeature."""
         raise MissingFeature("what a dead consumer has taken is lost")

@@ -114,6 +114,17 @@ def small(side: Side, *, rows: int = 16, gets: int = 64, **terms: Any) -> dict[s
     return {"rows": rows, "get_s": seconds[4:]}
 
 
+def calls(side: Side, *, times: int = 300) -> dict[str, Any]:
+    """A call that does next to nothing, by a client on the same host and by one that is treated as on another, in
+    turns."""
+    with side.open("finished") as place, clients(place, remote=True) as (near, far):
+        seconds: dict[str, list[float]] = {"near_s": [], "far_s": []}
+        for _ in range(times):
+            for name, client in (("near_s", near), ("far_s", far)):
+                seconds[name].append(timed(client.call)[0])
+    return {name: found[times // 10 :] for name, found in seconds.items()}
+
+
 def wake(
     side: Side, *, puts: int = 50, rows: int = 16, interval: float = 0.0, parked: int = 0, pause: float = 0.013
 ) -> dict[str, Any]:
@@ -302,6 +313,7 @@ FIGURES: Mapping[str, Callable[..., Any]] = {
         put_only,
         singly,
         small,
+        calls,
         wake,
         reclaim,
         idle,
