@@ -151,6 +151,7 @@ def _complete(operation: dict[str, Any], method: str, path: str, route: APIRoute
     for status in sorted(statuses(method, path, operation)):
         answered[str(status)] = {"$ref": f"#/components/responses/{shape}{status}"}
     for parameter in operation.get("parameters", ()):
+        parameter["schema"] = _without_null(parameter["schema"])
         if text := MEANINGS.get(parameter["name"].lower()):
             parameter.setdefault("description", text)
     for taken in operation.get("requestBody", {}).get("content", {}).values():
@@ -165,6 +166,13 @@ def _complete(operation: dict[str, Any], method: str, path: str, route: APIRoute
         operation["description"] = rest.strip()
     scopes = sorted({need.scope for need in _needs(route.dependant)})
     operation["security"] = [] if path in PUBLIC else [{"token": scopes}, {"session": scopes}]
+
+
+def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter may be that can be left out: in an address nothing is null."""
+    kinds = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    rest = {name: value for name, value in schema.items() if name != "anyOf"}
+    return rest | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
 
 
 def _needs(dependant: Dependant) -> Iterator[Need]:

@@ -213,6 +213,7 @@ def test_every_number_and_every_parameter_says_what_it_is(fleet: Fleet) -> None:
     for one in operations:
         for parameter in one.get("parameters", ()):
             assert parameter.get("description"), (one["operationId"], parameter["name"])
+            assert {"type": "null"} not in parameter["schema"].get("anyOf", ()), "nothing in an address is null"
 
 
 def _is_number(schema: Mapping[str, Any]) -> bool:
