@@ -127,9 +127,9 @@ def test_the_tutorial_works_as_it_stands(tmp_path: Path) -> None:
 def test_the_tutorial_trains_a_real_model(tmp_path: Path) -> None:
     printed = follow(tmp_path, REAL, within=7000)
 
-    found = [float(part) for part in re.findall(r"accuracy (\S+) after step", "".join(printed))]
+    found = [[float(part) for part in re.findall(r"accuracy (\S+) after step", text)] for text in printed]
     print(f"\naccuracy {found}")
-    assert found[-1] - found[0] >= 0.1
+    assert max(one[-1] - one[0] for one in found if one) >= 0.1
 
 
 def test_what_the_page_shows_is_compared_with_what_comes() -> None:
