@@ -16,6 +16,7 @@ from asyncflow_api.jobs.database import Database
 from asyncflow_api.jobs.folder import Exit, JobFolder, Started, began
 from asyncflow_api.jobs.lifecycle import State
 from asyncflow_api.jobs.rows import JobRow, NewJob, Reason
+from asyncflow_api.jobs.scheduler import _last_line
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.runs import RunView
 from asyncflow_api.settings import Settings
@@ -113,6 +114,16 @@ def test_a_first_line_that_the_full_disk_tore_is_none(jobs: Jobs) -> None:
     jobs.start()
 
     assert reason_of(jobs, job_id, State.queued) is None
+
+
+def test_the_last_line_of_a_log_is_found_however_long_the_log_is(jobs: Jobs) -> None:
+    _, folder = job_that_is(jobs, State.starting)
+    with folder.log.open("wb") as log:
+        log.truncate(1 << 42)  # more than any machine holds; on the disk it is nothing
+        log.seek(0, os.SEEK_END)
+        log.write(b"\nit said why\n \n")
+
+    assert _last_line(folder) == "it said why"
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", '{"outcome": "great", "code": "", "message": ""}', '{"a": 1}'])
