@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from asyncflow_api.files import Files
-from asyncflow_api.jobs.database import Database
+from asyncflow_api.jobs.database import Database, KeyReused
 from asyncflow_api.jobs.folder import Exit, JobFolder, Started, began
 from asyncflow_api.jobs.lifecycle import State
-from asyncflow_api.jobs.rows import JobRow, NewJob, Reason
+from asyncflow_api.jobs.rows import JobRow, NewJob, Once, Reason
 from asyncflow_api.jobs.scheduler import _last_line
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.runs import RunView
@@ -240,6 +240,30 @@ def test_a_bound_is_not_said_to_be_changed_when_the_job_got_its_slot_with_the_ol
         jobs.change(job_id, {"max_staleness": 3}, revision=None)
 
     assert jobs.get(job_id).max_staleness is None
+
+
+def test_many_at_once_with_one_idempotency_key_make_one_job(jobs: Jobs) -> None:
+    same, other = (Once(key="k", owner="tok", digest=digest) for digest in ("a", "b"))
+    made: list[tuple[str, bool]] = []
+    refused: list[str] = []
+
+    def submit(once: Once) -> None:
+        try:
+            job, again = jobs.database.add(NEW, once=once)
+            made.append((job.id, again))
+        except KeyReused:
+            refused.append(once.digest)
+
+    submit(same)
+    threads = [threading.Thread(target=submit, args=(once,)) for once in [same, other] * 20]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+
+    (job,) = jobs.database.jobs()
+    assert sorted(made) == [(job.id, False)] + [(job.id, True)] * 20
+    assert refused == ["b"] * 20
 
 
 # -- a run that hangs --------------------------------------------------------------------------------------------------
