@@ -200,6 +200,7 @@ class Authentication:
             await problem.response(request_id(scope))(scope, receive, send)
             return
         scope["state"]["identity"] = identity
+        scope["state"]["holds"] = lambda: self._shown(headers) is not None
         await self._app(scope, receive, send)
 
     def _check_host(self, headers: Headers) -> None:
@@ -221,14 +222,9 @@ class Authentication:
         cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         if not shown and not cookie:
             return None
-        identity = None
-        if len(shown) == 1:
-            kind, _, token = shown[0].partition(" ")
-            identity = self._tokens().known(token.strip()) if kind.lower() == "bearer" else None
-        elif cookie and not shown:
-            identity = self._tokens().session(cookie)
-            if identity is None and _is_public(scope):
-                return None  # an old cookie does not keep anybody from logging in
+        identity = self._shown(headers)
+        if identity is None and not shown and _is_public(scope):
+            return None  # an old cookie does not keep anybody from logging in
         if identity is None:
             # Only those with wrong ones wait: others may well come from the same address.
             if seconds := self._failures.wait(address(scope)):
@@ -236,6 +232,14 @@ class Authentication:
             text = "this token is not known or has expired: take a valid one (the first is in the service's home)"
             raise Problem(401, "wrong_token", text, headers={"WWW-Authenticate": "Bearer"})
         return identity
+
+    def _shown(self, headers: Headers) -> Identity | None:
+        """Whose credentials these are, if they hold now."""
+        shown = headers.getlist("authorization")
+        if not shown:
+            return self._tokens().session(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
+        kind, _, token = shown[0].partition(" ")
+        return self._tokens().known(token.strip()) if len(shown) == 1 and kind.lower() == "bearer" else None
 
 
 def no_token() -> Problem:

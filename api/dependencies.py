@@ -13,7 +13,6 @@ from asyncflow_api.jobs.rows import JobRow, NewJob, Once
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.problems import Problem
 from asyncflow_api.schemas import Job, job_body
-from asyncflow_api.watch import Watches
 from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 
@@ -28,13 +27,7 @@ def the_tokens(request: Request) -> Tokens:
     return tokens
 
 
-def the_watches(request: Request) -> Watches:
-    watches: Watches = request.app.state.watches
-    return watches
-
-
 TheJobs = Annotated[Jobs, Depends(the_jobs)]
-TheWatches = Annotated[Watches, Depends(the_watches)]
 TheTokens = Annotated[Tokens, Depends(the_tokens)]
 
 Reads = Annotated[Identity, Depends(Need("read"))]

@@ -2,25 +2,47 @@
 
 In JSON a value looks as people write it: prompts and their columns are text, lists and objects, policy versions are
 `"0.12"`. In Arrow the columns are those of the store (`asyncflow.store.schema`).
+
+Both end as columns whose values are looked at here, one by one: the workers of a run read them as they read their own,
+and what they could not read would end it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
+from asyncflow_api.limits import check_json
+from asyncflow_api.problems import Problem
 
 from asyncflow.errors import StoreError
 from asyncflow.store.client import Lease
-from asyncflow.store.columns import one_of_each
+from asyncflow.store.columns import PROMPT_IDS, RESPONSE_IDS, conform, one_of_each
+from asyncflow.store.frames import is_list
 from asyncflow.store.schema import Schema
 from asyncflow.types import PolicyVersion
 
 Rows = Sequence[Mapping[str, Any]]
 ABOUT = ("sample_id", "group_id", "attempt")
 """What a leased row says about itself."""
+LONGEST_TEXT: Final = 80
+"""Characters of a value that a refusal quotes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a run can read. None: it does not say."""
+
+    vocabulary: int | None = None
+    """Token ids are below it."""
+    prompt: int | None = None
+    """Tokens of the longest prompt."""
+    response: int | None = None
+    """Tokens of the longest response."""
 
 
 def columns_of(rows: Rows, names: Sequence[str], types: Mapping[str, pa.DataType], *, what: str) -> pa.RecordBatch:
@@ -61,14 +83,18 @@ def prompts_of(rows: Rows, schema: Schema, tokenise: Callable[[list[Any]], Seque
 
 
 def _check_prompt(prompt: Any, place: int) -> None:
-    if isinstance(prompt, str) and prompt:
-        return
-    if isinstance(prompt, list) and prompt:
-        fields = [set(message) for message in prompt if isinstance(message, dict)]
-        texts = [value for message in prompt if isinstance(message, dict) for value in message.values()]
-        if fields == [{"role", "content"}] * len(prompt) and all(isinstance(text, str) for text in texts):
-            return
-    raise StoreError(f"prompt {place} is neither text nor chat messages: write `prompt` as one of the two")
+    if not _is_prompt(prompt):
+        raise StoreError(f"prompt {place} is neither text nor chat messages: write `prompt` as one of the two")
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt)
+    if not isinstance(prompt, list) or not prompt:
+        return False
+    fields = [set(message) for message in prompt if isinstance(message, dict)]
+    texts = [value for message in prompt if isinstance(message, dict) for value in message.values()]
+    return fields == [{"role", "content"}] * len(prompt) and all(isinstance(text, str) for text in texts)
 
 
 def finished_of(
@@ -106,6 +132,63 @@ def check_names(batch: pa.RecordBatch, schema: Schema, *more: str) -> None:
         raise StoreError("a column comes twice: send each once")
 
 
+def checked(batch: pa.RecordBatch, schema: Schema, room: Room) -> pa.RecordBatch:
+    """Columns of the store in their types, whose values a run can use. Raises StoreError naming the first row that it
+    cannot."""
+    for field in batch.schema:
+        if pa.types.is_boolean(_inmost(field.type)) != pa.types.is_boolean(_inmost(schema.columns[field.name])):
+            raise StoreError(f"column {field.name} must be {schema.columns[field.name]}, not {field.type}")
+    batch = conform(batch, schema.columns, batch.schema.names)
+    for name in batch.schema.names:
+        column = batch.column(name)
+        if name in (PROMPT_IDS, RESPONSE_IDS):
+            _check_tokens(name, column, room.vocabulary, room.prompt if name == PROMPT_IDS else room.response)
+        elif pa.types.is_floating(_inmost(column.type)):
+            # Also one that was finite in JSON, and is too large for the store.
+            _check_rows(name, column, pc.is_finite, "a number that is not finite")
+        elif (meant := _MEANT.get(name)) is not None:
+            _check_json_texts(name, column, meant)
+    return batch
+
+
+def _inmost(kind: pa.DataType) -> pa.DataType:
+    return _inmost(kind.value_type) if is_list(kind) else kind
+
+
+def _check_tokens(name: str, column: pa.ListArray, vocabulary: int | None, longest: int | None) -> None:
+    lengths = pc.list_value_length(column)
+    for row, length in enumerate(lengths.to_pylist()):
+        if not length:
+            raise StoreError(f"{name} of row {row} is empty: send at least one token")
+        if longest is not None and length > longest:
+            raise StoreError(f"{name} of row {row} has {length} tokens: this run takes at most {longest}")
+    _check_rows(name, column, lambda values: pc.greater_equal(values, 0), "a number below 0, which is no token")
+    if vocabulary is not None:
+        text = f"a token that there is not: they are below {vocabulary}"
+        _check_rows(name, column, lambda values: pc.less(values, vocabulary), text)
+
+
+def _check_rows(name: str, column: pa.Array, good: Callable[[pa.Array], pa.Array], says: str) -> None:
+    """Whether every value is good, of numbers or lists of them. Raises StoreError."""
+    nested = is_list(column.type)
+    place = pc.index(good(column.flatten() if nested else column), False).as_py()
+    if place >= 0:
+        row = pc.list_parent_indices(column)[place].as_py() if nested else place
+        raise StoreError(f"{name} of row {row} has {says}")
+
+
+def _check_json_texts(name: str, column: pa.StringArray, meant: tuple[Callable[[Any], bool], str]) -> None:
+    is_right, says = meant
+    for row, text in enumerate(column.to_pylist()):
+        try:
+            check_json(text.encode())
+            right = is_right(json.loads(text))
+        except Problem:
+            right = False
+        if not right:
+            raise StoreError(f"{name} of row {row} is {text[:LONGEST_TEXT]!r}, and must be JSON of {says}")
+
+
 def acked_of(rows: Rows, schema: Schema, stage: str) -> tuple[list[int], pa.RecordBatch | None]:
     """What a worker brings in JSON. Raises StoreError."""
     ids = _ids([row.get("sample_id") for row in rows])
@@ -121,6 +204,8 @@ def acked_in(batch: pa.RecordBatch, schema: Schema, stage: str) -> tuple[list[in
     writes = schema.stages[stage].writes
     if missing := [name for name in ("sample_id", *writes) if name not in batch.schema.names]:
         raise StoreError(f"the column {missing[0]} is missing: send sample_id, {', '.join(writes)}")
+    if not pa.types.is_integer(batch.schema.field("sample_id").type):
+        raise StoreError("sample_id must be whole numbers: take them from the lease")
     ids = _ids(batch.column("sample_id").to_pylist())
     return ids, batch.select(list(writes)) if writes else None
 
@@ -159,9 +244,13 @@ def _object(value: Any) -> str:
 
 
 def _parts(value: Any) -> str:
-    if not isinstance(value, dict) or not all(isinstance(part, int | float | None) for part in value.values()):
+    if not _is_parts(value):
         raise TypeError("write an object of numbers")
     return json.dumps(value)
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(part, int | float | None) for part in value.values())
 
 
 def _versions(value: Any) -> list[int]:
@@ -184,3 +273,9 @@ _OUT: Mapping[str, Callable[[Any], Any]] = {
     "token_versions": lambda packed: [str(PolicyVersion.unpack(version)) for version in packed],
 }
 """Column → how its value is shown."""
+_MEANT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (_is_prompt, "text or chat messages"),
+    "prompt_columns": (lambda value: isinstance(value, dict), "an object"),
+    "reward_parts": (_is_parts, "an object of numbers"),
+}
+"""Column of texts → whether what one says in JSON is right, and what that would be."""

@@ -32,7 +32,8 @@ REMEMBERED: Final = 10_000
 """Callers whose rate is known."""
 BULK: Final = re.compile(r"/v1/(jobs/[^/]+/(prompts|samples|stages/[^/]+/leases|leases/[^/]+/(ack|nack))|files)")
 """Routes that take samples."""
-JSON_TYPE: Final = re.compile(r"application/([\w.+-]+\+)?json", re.IGNORECASE)
+JSON_TYPE: Final = re.compile(r"\s*application/([^/;]*\+)?json", re.IGNORECASE)
+"""Whatever a route would read as JSON, also where the name is none that there is; so does one that says nothing."""
 
 
 class Buckets:
@@ -104,7 +105,7 @@ class Limits:
 
     async def _body(self, scope: Scope, receive: Receive, held: Held) -> bytes:
         headers, settings = Headers(scope=scope), self._settings
-        is_json = JSON_TYPE.match(headers.get("content-type", "application/json")) is not None
+        is_json = JSON_TYPE.match(headers.get("content-type") or "application/json") is not None
         most = settings.max_body
         if BULK.match(scope["path"]):
             most = settings.max_bulk_json if is_json else settings.max_bulk_body

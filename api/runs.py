@@ -13,10 +13,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import pyarrow as pa
+from asyncflow_api.exchange import Room
 from fastapi import Depends, Request
 
 from asyncflow.errors import ControlError, DataError, StoreError, UserError
@@ -224,6 +226,12 @@ class RunView:
         with self.follower.lock:
             self.follower.catch_up()
             return self.follower.table.group_size
+
+    @property
+    def room(self) -> Room:
+        """What its workers can read."""
+        found = (self.status() or {}).get("room", {})
+        return Room(**{field.name: found.get(field.name) for field in fields(Room)})
 
     def tokenise(self, prompts: list[Any]) -> Sequence[Sequence[int]]:
         """As the run does. Raises NotLive, DataError."""

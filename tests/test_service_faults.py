@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from asyncflow_api.files import Files
-from asyncflow_api.jobs.database import Database
+from asyncflow_api.jobs.database import Database, KeyReused
 from asyncflow_api.jobs.folder import Exit, JobFolder, Started, began
 from asyncflow_api.jobs.lifecycle import State
-from asyncflow_api.jobs.rows import JobRow, NewJob, Reason
+from asyncflow_api.jobs.rows import JobRow, NewJob, Once, Reason
+from asyncflow_api.jobs.scheduler import _last_line
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.runs import RunView
 from asyncflow_api.settings import Settings
@@ -113,6 +114,16 @@ def test_a_first_line_that_the_full_disk_tore_is_none(jobs: Jobs) -> None:
     jobs.start()
 
     assert reason_of(jobs, job_id, State.queued) is None
+
+
+def test_the_last_line_of_a_log_is_found_however_long_the_log_is(jobs: Jobs) -> None:
+    _, folder = job_that_is(jobs, State.starting)
+    with folder.log.open("wb") as log:
+        log.truncate(1 << 42)  # more than any machine holds; on the disk it is nothing
+        log.seek(0, os.SEEK_END)
+        log.write(b"\nit said why\n \n")
+
+    assert _last_line(folder) == "it said why"
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", '{"outcome": "great", "code": "", "message": ""}', '{"a": 1}'])
@@ -229,6 +240,30 @@ def test_a_bound_is_not_said_to_be_changed_when_the_job_got_its_slot_with_the_ol
         jobs.change(job_id, {"max_staleness": 3}, revision=None)
 
     assert jobs.get(job_id).max_staleness is None
+
+
+def test_many_at_once_with_one_idempotency_key_make_one_job(jobs: Jobs) -> None:
+    same, other = (Once(key="k", owner="tok", digest=digest) for digest in ("a", "b"))
+    made: list[tuple[str, bool]] = []
+    refused: list[str] = []
+
+    def submit(once: Once) -> None:
+        try:
+            job, again = jobs.database.add(NEW, once=once)
+            made.append((job.id, again))
+        except KeyReused:
+            refused.append(once.digest)
+
+    submit(same)
+    threads = [threading.Thread(target=submit, args=(once,)) for once in [same, other] * 20]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+
+    (job,) = jobs.database.jobs()
+    assert sorted(made) == [(job.id, False)] + [(job.id, True)] * 20
+    assert refused == ["b"] * 20
 
 
 # -- a run that hangs --------------------------------------------------------------------------------------------------

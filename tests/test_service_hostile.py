@@ -226,6 +226,9 @@ def bodies() -> Iterator[Hostile]:
         yield raw(
             kind, b"<!DOCTYPE x [<!ENTITY y SYSTEM 'file:///etc/passwd'>]>", 400, 415, 422, **{"Content-Type": kind}
         )
+    for kind in ("application/x!y+json", "application/a b+json", ""):  # which a route may take for JSON all the same
+        for name, text in {"NaN": '{"config": {"a": NaN}}', "twice": '{"config": {}, "config": {}}'}.items():
+            yield raw(f"{name} as {kind!r}", text.encode(), **{"Content-Type": kind})
     for coding in ("gzip", "deflate", "br", "zstd", "gzip, identity", "x"):
         yield raw(f"coded {coding}", b"\x1f\x8b" + b"\0" * 100, 415, **{"Content-Encoding": coding})
 

@@ -270,6 +270,21 @@ def test_the_fleet_is_told_what_changes(service: RunningService, finished: str) 
             assert json.loads(data.removeprefix("data: "))["name"] == name
 
 
+def test_a_stream_ends_when_its_token_is_taken_back(service: RunningService) -> None:
+    made = service.http.post("/v1/tokens", json={"name": "t", "scope": "read"}).json()
+    headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {made['token']}"}
+    with service.http.stream("GET", "/v1/events", headers=headers, timeout=DEADLINE) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "retry: 1000"
+        with httpx.Client(base_url=service.http.base_url, headers=service.http.headers) as other:
+            assert other.delete(f"/v1/tokens/{made['id']}").status_code == 204
+
+        signs_of_life = 0
+        for line in lines:
+            signs_of_life += line.startswith(":")
+            assert signs_of_life < 3, "it goes on"
+
+
 def test_secrets_never_come_back(service: RunningService) -> None:
     secret = "hunter2-very-secret"
     config = tiny(rollout={"engine": "fake", "options": {"api_key": secret}}, max_new_tokens=5000)  # has no room

@@ -97,6 +97,26 @@ def told(pieces: list[bytes]) -> list[int]:
     return [int(one) for piece in pieces if piece.endswith(b";") for one in piece.split(b";")[:-1]]
 
 
+def test_a_stream_ends_when_who_listens_may_no_more_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "ASK_EVERY", 0.0)
+
+    async def test(watches: Watches) -> None:
+        numbers, may = Numbers(), [True]
+        numbers.last = 5
+        other = following(watches, numbers)
+        mine = sse.follow(watches, "numbers", lambda: numbers, 0, holds=lambda: may[0])
+        await asyncio.gather(until(mine, b"picture 5"), until(other, b"picture 5"))
+
+        may[0] = False
+        numbers.last = 6
+
+        assert [piece async for piece in mine if b"6" in piece] == []
+        numbers.over = True
+        assert told(await until(other, b"end")) == [6]
+
+    run(test)
+
+
 def test_two_hundred_streams_cost_the_reads_of_one() -> None:
     async def test(watches: Watches) -> None:
         numbers = Numbers()

@@ -30,7 +30,7 @@ class Cursor:
     def parse(cls, text: str) -> Cursor:
         """Raises ValueError."""
         own, dot, lines = text.partition(".")
-        if not (dot and own.isascii() and own.isdecimal() and lines.isascii() and lines.isdecimal() and len(text) < 32):
+        if not (dot and all(part.isascii() and part.isdecimal() and len(part) < 19 for part in (own, lines))):
             raise ValueError(f"{text!r} is not the id of an event: take one from an event, or leave it out")
         return cls(int(own), int(lines))
 

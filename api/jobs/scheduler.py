@@ -49,6 +49,8 @@ RETRY_EVERY: Final = 2.0
 """Seconds between two attempts at what cannot be done now, such as writing to a full disk."""
 LATE_EXIT: Final = 60.0
 """Seconds that a process may go on after it has said how it ended."""
+LAST_WORDS: Final = 4096
+"""Bytes at the end of a log in which its last line is looked for: the log may be of any size."""
 VALIDATORS: Final = 1
 """Plans that are made at once: each takes a core and a gigabyte."""
 
@@ -417,7 +419,8 @@ def _progress(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last_line(folder: JobFolder) -> str:
-    with suppress(OSError):
-        lines = folder.log.read_bytes()[-4096:].decode("utf-8", "replace").split("\n")
+    with suppress(OSError), folder.log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS))
+        lines = file.read(LAST_WORDS).decode("utf-8", "replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""

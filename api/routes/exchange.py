@@ -186,6 +186,9 @@ async def put_samples(
 def _put(view: RunView, columns: Callable[[], tuple[Columns, PutId | None, float]]) -> PutReply:
     view.check_live()
     (prompts, samples), put, timeout = columns()
+    schema, room = view.schema, view.room
+    prompts = exchange.checked(prompts, schema, room)
+    samples = None if samples is None else exchange.checked(samples, schema, room)
     with _place(timeout):
         groups = view.put(prompts, samples, put=put, timeout=timeout)
     size = view.group_size
@@ -252,10 +255,12 @@ async def ack(lease_id: LeaseId, _: Submits, view: TheView, body: TheBody) -> Le
     def bring() -> LeaseUpdate:
         view.check_live()
         stage = view.stage_of(lease_id)
+        schema = view.schema
         if body.is_arrow:
-            ids, columns = exchange.acked_in(body.columns(), view.schema, stage)
+            ids, columns = exchange.acked_in(body.columns(), schema, stage)
         else:
-            ids, columns = exchange.acked_of(body.json(AckRequest).samples, view.schema, stage)
+            ids, columns = exchange.acked_of(body.json(AckRequest).samples, schema, stage)
+        columns = None if columns is None else exchange.checked(columns, schema, view.room)
         view.ack(lease_id, ids, columns)
         return LeaseUpdate(lease_id=lease_id, samples=len(ids))
 

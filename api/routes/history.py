@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from asyncflow_api import sse
-from asyncflow_api.dependencies import Reads, TheJobs, TheWatches, served
+from asyncflow_api.dependencies import Reads, TheJobs, served
 from asyncflow_api.jobs.database import NoSuchJob
 from asyncflow_api.jobs.events import Cursor
 from asyncflow_api.jobs.log import LogReader
@@ -47,7 +47,6 @@ def events(
     job_id: str,
     request: Request,
     jobs: TheJobs,
-    watches: TheWatches,
     _: Reads,
     *,
     cursor: CursorText = None,
@@ -65,7 +64,7 @@ def events(
     if wants_stream(request):
         begin = last_event_id or cursor
         start = jobs.newest(job_id, tail) if begin is None and tail is not None else _cursor(begin)
-        answer: Response = sse.stream(watches, ("events", job_id), lambda: JobEvents(jobs, job_id), start)
+        answer: Response = sse.stream(request, ("events", job_id), lambda: JobEvents(jobs, job_id), start)
         return answer
     after = _cursor(position("events", cursor))
     found, _at = jobs.events_after(job_id, after, limit + 1)
@@ -97,9 +96,7 @@ class JobEvents:
 
 
 @router.get("/events", response_class=Response, responses=answers(sse.MEDIA_TYPE, description="A stream"))
-def fleet(
-    request: Request, jobs: TheJobs, watches: TheWatches, _: Reads, last_event_id: LastEventId = None
-) -> Response:
+def fleet(request: Request, jobs: TheJobs, _: Reads, last_event_id: LastEventId = None) -> Response:
     """A stream of all jobs: event `job` with a job as lists have it, `deleted` with its id; from now on, or a point on.
 
     What changed in between is told once, as it is by then. How far live jobs are is told by `progress`, without an id:
@@ -113,7 +110,7 @@ def fleet(
             raise _bad_id()
         start = int(last_event_id)
 
-    answer: Response = sse.stream(watches, "fleet", lambda: Fleet(jobs), start)
+    answer: Response = sse.stream(request, "fleet", lambda: Fleet(jobs), start)
     return answer
 
 
@@ -161,7 +158,6 @@ def logs(
     job_id: str,
     request: Request,
     jobs: TheJobs,
-    watches: TheWatches,
     _: Reads,
     *,
     tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None,
@@ -183,7 +179,7 @@ def logs(
             raise _bad_id()
         start = int(last_event_id)
 
-    answer: Response = sse.stream(watches, ("log", job_id), lambda: JobLog(jobs, job_id, log), start)
+    answer: Response = sse.stream(request, ("log", job_id), lambda: JobLog(jobs, job_id, log), start)
     return answer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from asyncflow_api import sse
-from asyncflow_api.dependencies import Reads, TheJobs, TheWatches
+from asyncflow_api.dependencies import Reads, TheJobs
 from asyncflow_api.jobs.database import NoSuchJob
 from asyncflow_api.jobs.service import Jobs
 from asyncflow_api.refusals import RunRoute
@@ -16,7 +16,7 @@ from asyncflow_api.runs import NotBegun, RunView, TheView
 from asyncflow_api.schemas_run import LiveReply, ProgressReply, QueueReply
 from asyncflow_api.specification import answers
 from asyncflow_api.watch import Batch, Sight
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from asyncflow.report.follow import BeingRead
@@ -38,12 +38,12 @@ def queue(_: Reads, view: TheView) -> QueueReply:
     summary="The queue as it changes",
     responses=answers(sse.MEDIA_TYPE, description="A stream"),
 )
-def live(job_id: str, _: Reads, view: TheView, jobs: TheJobs, watches: TheWatches) -> StreamingResponse:
+def live(job_id: str, request: Request, _: Reads, view: TheView, jobs: TheJobs) -> StreamingResponse:
     """Server-sent events `live`, each a whole picture: at most four a second, and only when something has changed.
 
     Who is slow gets the latest one. The stream ends with the job, after one `end`.
     """
-    stream: StreamingResponse = sse.stream(watches, ("live", job_id), lambda: Live(jobs, job_id, view))
+    stream: StreamingResponse = sse.stream(request, ("live", job_id), lambda: Live(jobs, job_id, view))
     return stream
 
 

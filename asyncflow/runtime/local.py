@@ -349,6 +349,8 @@ class _Run:
 
     def status(self) -> dict[str, Any]:
         store, config = self._store, self._plan.config
+        context = config.rollout.max_model_len
+        assert context is not None, "a plan derives it"
         paused = not self._supervisor.going.is_set()
         values: dict[str, Any] = {
             "run_dir": str(self.run_dir.resolve()),
@@ -357,6 +359,11 @@ class _Run:
             "phase": "stopping" if self._stop_asked.is_set() else "paused" if paused else self._phase,
             "steps": config.steps,
             "seconds": time.monotonic() - self._began,
+            "room": {
+                "vocabulary": self._plan.info.vocab,
+                "prompt": context - config.max_new_tokens,
+                "response": config.max_new_tokens,
+            },
         }
         if store is not None:
             counts = store.counts()

@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from asyncflow.store.frames import BATCH, FORMAT, HEADER_BYTES, HEADERS, MAGIC, field_of, record_batch_of
+from asyncflow.store.frames import BATCH, FORMAT, HEADER_BYTES, HEADERS, MAGIC, field_of, header_of
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -68,7 +68,7 @@ def layout_of(message: memoryview, schema: pa.Schema) -> Layout | None:
     try:
         size = PREFIX + struct.unpack_from("<i", message, 4)[0]
         metadata = message[PREFIX:size]
-        batch = record_batch_of(metadata)
+        batch = header_of(metadata)
         body = field_of(metadata, struct.unpack_from("<I", metadata)[0], 3)
         rows, nodes, buffers = (field_of(metadata, batch, number) for number in (0, 1, 2))
         if body is None or rows is None or nodes is None or buffers is None or field_of(metadata, batch, 3) is not None:

@@ -110,7 +110,9 @@ def one_of_each(prompts: pa.RecordBatch, size: int) -> pa.RecordBatch:
     """The prompt of each group of rows. Raises StoreError where they differ within a group."""
     if len(prompts) % size:
         raise StoreError(f"{len(prompts)} rows are not whole groups of {size} samples")
-    first = np.repeat(np.arange(0, len(prompts), size), size)
-    if not prompts.take(pa.array(first)).equals(prompts):
+    first = np.arange(0, len(prompts), size)
+    found = prompts.take(pa.array(first))
+    # Place by place: all at once, a long prompt with short ones behind it would be copied for each of them.
+    if not all(prompts.take(pa.array(first + place)).equals(found) for place in range(1, size)):
         raise StoreError(f"the prompts of each {size} rows in a row are to be the same: they are one group")
-    return prompts.take(pa.array(first[::size]))
+    return found

@@ -155,6 +155,11 @@ def check_schema(schema: pa.Schema) -> None:
 
 def _check_type(name: str, kind: pa.DataType, depth: int) -> None:
     types = pa.types
+    if (types.is_fixed_size_binary(kind) and not kind.byte_width) or (
+        types.is_fixed_size_list(kind) and not kind.list_size
+    ):
+        # As many rows as somebody says there are, without a byte of data.
+        raise ValueError(f"column {name} has the type {kind}, whose values have no length")
     if is_list(kind):
         if depth == 0:
             raise ValueError(f"column {name} is nested more than {MAX_DEPTH} deep")
@@ -261,13 +266,14 @@ def is_compressed(message: pa.ipc.Message) -> bool:
     (https://github.com/apache/arrow/blob/main/format/Message.fbs). Raises ValueError."""
     data = memoryview(message.metadata)
     try:
-        return field_of(data, record_batch_of(data), 3) is not None
+        return field_of(data, header_of(data), 3) is not None
     except struct.error:
         raise ValueError("its metadata are no flatbuffer") from None
 
 
-def record_batch_of(data: memoryview) -> int:
-    """Where the table `RecordBatch` is in the metadata of a message. Raises ValueError or struct.error."""
+def header_of(data: memoryview) -> int:
+    """Where the table of what a message is (`Schema`, `RecordBatch`) is in its metadata. Raises ValueError or
+    struct.error."""
     header = field_of(data, struct.unpack_from("<I", data)[0], 2)
     if header is None:
         raise ValueError("it has no header")
