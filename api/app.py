@@ -78,6 +78,7 @@ def create_app(settings: Settings, *, clock: Clock | None = None, jobs: Jobs | N
             app.state.tokens.first(settings.token_file)
             Files(found).tidy()
             found.start()
+            app.state.runs.keep_up(lambda: [found.folder(id_).run for id_ in found.progresses()])
             yield
         finally:
             app.state.watches.close()

@@ -11,9 +11,10 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -51,6 +52,10 @@ ANSWERS_WITHIN: Final = 3.0
 """Seconds after which a run that says nothing does not go on, as far as those who ask here are concerned."""
 REMEMBERED: Final = 64
 """Runs whose ledgers are kept in memory."""
+KEPT_UP: Final = REMEMBERED // 2
+"""Live runs, at most, whose ledgers are read as they grow."""
+KEEP_UP_EVERY: Final = 1.0
+"""Seconds between two reads."""
 EXTERNAL: Final = "external/"
 """What the store calls a worker outside begins so: it cannot be taken for one of the run's own."""
 
@@ -340,11 +345,25 @@ class RunView:
 
 
 class Runs:
-    """The views of the runs that somebody has looked at lately. Thread-safe."""
+    """The views of the runs that go on or that somebody has looked at lately. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._views: OrderedDict[Path, RunView] = OrderedDict()
+        self._closed = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def keep_up(self, live: Callable[[], Iterable[Path]]) -> None:
+        """Read the ledgers of live runs as they grow, until `close`: whoever looks at one finds it read."""
+        self._keeper = threading.Thread(target=self._keep_up, args=(live,), name="keep-up", daemon=True)
+        self._keeper.start()
+
+    def _keep_up(self, live: Callable[[], Iterable[Path]]) -> None:
+        while not self._closed.wait(KEEP_UP_EVERY):
+            for run_dir in islice(live(), KEPT_UP):
+                # What is wrong with a ledger is told to those who ask for it.
+                with suppress(StoreError, OSError):
+                    self.view(run_dir).follower.catch_up()
 
     def view(self, run_dir: Path) -> RunView:
         gone: list[RunView] = []
@@ -359,6 +378,9 @@ class Runs:
 
     def close(self) -> None:
         """May be called twice."""
+        self._closed.set()
+        if self._keeper is not None:
+            self._keeper.join()
         with self._lock:
             views, self._views = list(self._views.values()), OrderedDict()
         for view in views:

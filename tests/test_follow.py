@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow.dataset
 import pytest
 from asyncflow_api.refusals import problem_of
-from asyncflow_api.runs import NotBegun, RunView
+from asyncflow_api.runs import NotBegun, Runs, RunView
 
 from asyncflow.errors import StoreError
 from asyncflow.launch import launch, resolve, resume
@@ -178,6 +179,22 @@ def test_the_queue_of_a_run_that_goes_on_adds_up_at_every_moment(going: tuple[Pa
     assert all(stage.oldest_age_seconds is None or stage.oldest_age_seconds < 60 for stage in stages.values())
     assert queue.bytes > 0
     view.close()
+
+
+def test_a_run_that_goes_on_is_read_though_nobody_looks(
+    going: tuple[Path, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    run_dir, process = going
+    runs = Runs()
+    runs.keep_up(lambda: [tmp_path / "not there", run_dir])
+    follower = runs.view(run_dir).follower
+
+    wait_until(lambda: follower.lsn > 0, process)
+    found = follower.lsn
+    wait_until(lambda: follower.lsn > found, process)
+    runs.close()
+
+    assert not any(thread.name == "keep-up" for thread in threading.enumerate())
 
 
 def test_ages_grow_and_the_time_to_empty_is_told_while_a_stage_is_at_rest(
