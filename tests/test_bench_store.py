@@ -130,6 +130,11 @@ def test_a_producer_that_nobody_stops_is_no_back_pressure() -> None:
     assert "2048 samples accepted" in found["observed"]
 
 
+def test_a_queue_that_loses_what_the_dead_had_is_not_waited_for() -> None:
+    with pytest.raises(MissingFeature, match="is lost"):
+        figures.reclaim(MemorySide(), times=1)
+
+
 def test_a_child_answers_and_says_what_it_cannot_do_and_what_failed(tmp_path: Path) -> None:
     with memory(tmp_path) as child:
         assert child.ask("throughput", rows=8, repeats=1)["rows"] == 8
