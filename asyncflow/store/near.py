@@ -1,4 +1,4 @@
-"""Control calls over a Unix socket, for clients on the store's own host: a tenth of what a Flight action costs.
+"""Control calls over a Unix socket, for clients on the store's own host, at a fraction of what a Flight action costs.
 
     <folder of the segments>/store.sock     for the owner of the store (mode 0600); it goes with its server
 
