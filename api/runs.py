@@ -361,8 +361,8 @@ class Runs:
     def _keep_up(self, live: Callable[[], Iterable[Path]]) -> None:
         while not self._closed.wait(KEEP_UP_EVERY):
             for run_dir in islice(live(), KEPT_UP):
-                # What is wrong with a ledger is told to those who ask for it.
-                with suppress(StoreError, OSError):
+                # Whatever is wrong with a ledger is told to those who ask for it; the others are kept up all the same.
+                with suppress(Exception):
                     self.view(run_dir).follower.catch_up()
 
     def view(self, run_dir: Path) -> RunView:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -181,12 +182,16 @@ def test_the_queue_of_a_run_that_goes_on_adds_up_at_every_moment(going: tuple[Pa
     view.close()
 
 
-def test_a_run_that_goes_on_is_read_though_nobody_looks(
-    going: tuple[Path, subprocess.Popen[str]], tmp_path: Path
+def test_a_run_that_goes_on_is_read_though_nobody_looks_and_another_cannot_be_read(
+    going: tuple[Path, subprocess.Popen[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fails() -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
     run_dir, process = going
     runs = Runs()
-    runs.keep_up(lambda: [tmp_path / "not there", run_dir])
+    monkeypatch.setattr(runs.view(tmp_path).follower, "catch_up", fails)
+    runs.keep_up(lambda: [tmp_path / "not there", tmp_path, run_dir])
     follower = runs.view(run_dir).follower
 
     wait_until(lambda: follower.lsn > 0, process)
