@@ -11,6 +11,8 @@ import pytest
 from asyncflow.launch import Run, launch, resolve
 from asyncflow.plan import plan
 
+pytest.register_assert_rewrite("tests.browser", "tests.processes", "tests.running_service", "tests.store_server")
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 

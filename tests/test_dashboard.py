@@ -619,6 +619,42 @@ def test_a_job_that_has_ended_is_deleted_only_after_a_question(visit: Opens, ser
         assert api.get("/v1/jobs/job_0006").status_code == 404
 
 
+def test_nothing_is_asked_about_a_job_once_it_has_been_deleted(visit: Opens, service: Service) -> None:
+    page = visit()
+    asked: list[Route] = []
+
+    def leave_open(route: Route) -> None:
+        asked.append(route)
+
+    page.route("**/v1/jobs/job_0006/metrics*", leave_open)
+    open_job(page, "job_0006")
+    with page.expect_request_finished(lambda request: request.method == "DELETE"):
+        page.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete the job").click()
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+    assert asked, "nothing was on its way while the job was deleted"
+    assert {route.request.failure for route in asked} == {"net::ERR_ABORTED"}
+
+
+def test_a_job_that_cannot_be_deleted_is_asked_about_again(visit: Opens, watch: Watch, backend: Backend) -> None:
+    watch.expected = ("503 (Service Unavailable)",)
+    page = visit()
+    open_job(page, "job_0006")
+
+    def refuse(route: Route) -> None:
+        if route.request.method == "DELETE":
+            backend.change("job_0006", name="another name")
+            route.fulfill(status=503, json={"title": "busy", "detail": "The disk is busy. Try again."})
+        else:
+            route.continue_()
+
+    page.route("**/v1/jobs/job_0006", refuse)
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete the job").click()
+    expect(page.get_by_role("alert").filter(has_text="The disk is busy")).to_be_visible()
+    expect(page.locator("h1")).to_have_text("another name")
+
+
 def test_name_priority_and_labels_of_a_job_are_changed(visit: Opens, service: Service) -> None:
     page = visit()
     open_job(page, "job_0005", "/config")

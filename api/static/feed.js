@@ -39,8 +39,9 @@ export class JobFeed {
     this.#changed = (what) => this.#closed || changed(what);
   }
 
-  /** Raises Refused when there is no such job. */
+  /** Also after `close`. Raises Refused when there is no such job. */
   async start() {
+    this.#closed = false;
     this.job = await get(jobPath(this.#id));
     if (this.#closed) return;
     this.#changed("job");
@@ -52,9 +53,12 @@ export class JobFeed {
     this.#closed = true;
     this.#live?.close();
     this.#past?.close();
+    this.#live = this.#past = null;
     clearTimeout(this.#gathered);
     clearTimeout(this.#again);
+    this.#gathered = 0;
     for (const { timer } of this.#asked.values()) clearTimeout(timer);
+    this.#asked.clear();
   }
 
   /** A newer version of the job, from an answer to a change. */
@@ -139,7 +143,7 @@ export class JobFeed {
 
   #event(name, event) {
     if (name === "end") {
-      this.#past.close();
+      this.#past?.close();
       return;
     }
     // Ids only grow, and a stream that was opened again may tell what is known.

@@ -1,6 +1,6 @@
 // One job: its head with the controls, and the tabs below it.
 
-import { get, jobPath, patch, post, remove } from "../api.js";
+import { abandon, get, jobPath, patch, post, remove } from "../api.js";
 import { h, replace, setAttribute, setText } from "../dom.js";
 import { clock, duration, epoch, many } from "../format.js";
 import { JobFeed } from "../feed.js";
@@ -178,8 +178,16 @@ export class Job {
 
   async #delete() {
     await this.#change("delete", async () => {
-      await remove(jobPath(this.#id));
-      location.hash = "#/";
+      // Nothing may be asked about the job by the page once it has gone.
+      this.#feed.close();
+      abandon();
+      try {
+        await remove(jobPath(this.#id));
+        location.hash = "#/";
+      } catch (error) {
+        this.#feed.start().catch(() => {}); // why it cannot is about to be said
+        throw error;
+      }
     });
   }
 
