@@ -268,7 +268,7 @@ def test_the_account_holds_when_the_run_that_was_followed_has_ended(tmp_path: Pa
 # -- what holds a run up, while it goes on -----------------------------------------------------------------------------
 
 SLOWED = {
-    "rollout": ("rollout.engine=tests.slow_parts:SlowRollout",),
+    "rollout": ("rollout.engine=tests.slow_parts:SlowRollout", "weights.update=in_flight"),
     "reward": ("reward=tests.slow_parts:slow_reward",),
     "reference": ("kl_coef=0.1", "reference.engine=tests.slow_parts:SlowScorer"),
     "actor_update": ("learner.engine=tests.slow_parts:SlowLearner",),
