@@ -48,7 +48,7 @@ $(STAMP): $(LOCK) pyproject.toml $(STALE)
 run: setup ## Train a real language model: CONFIG=configs/quickstart.yaml
 	@$(BIN)/asyncflow run $(CONFIG)
 
-test: setup ## Run the tests (half an hour); WORKERS=2 takes two cores and half as long
+test: setup ## Run the tests (half an hour and more; WORKERS=2: on both cores, 23 minutes)
 	@$(BIN)/python -m pytest -m 'not long and not gpu' $(if $(WORKERS),-n $(WORKERS) --dist loadfile)
 
 test-long: setup ## Run the tests that take minutes to hours

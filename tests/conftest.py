@@ -11,7 +11,18 @@ import pytest
 from asyncflow.launch import Run, launch, resolve
 from asyncflow.plan import plan
 
-pytest.register_assert_rewrite("tests.browser", "tests.processes", "tests.running_service", "tests.store_server")
+# The helpers whose assertions are to say their values, as those of the tests do.
+pytest.register_assert_rewrite(
+    "tests.browser",
+    "tests.endless",
+    "tests.hostile_frames",
+    "tests.processes",
+    "tests.reference_trainer",
+    "tests.running_service",
+    "tests.served_store",
+    "tests.simulation",
+    "tests.store_server",
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -19,7 +19,19 @@ from benchmarks.queues.base import KINDS, MissingFeature
 from benchmarks.queues.child import ROOT, Child, ChildFailed
 from benchmarks.queues.memory import Lists, MemoryPlace, MemorySide
 from benchmarks.queues.samples import Ragged, finished, part, rows_of, size
-from benchmarks.store import FLOORS, MEASUREMENTS, TARGETS, Key, Measurement, compare, join, measure, rate, summarise
+from benchmarks.store import (
+    FLOORS,
+    MEASUREMENTS,
+    TARGETS,
+    Key,
+    Measurement,
+    compare,
+    join,
+    measure,
+    rate,
+    ratio,
+    summarise,
+)
 from tests.processes import wait_until
 
 PROMISED = [
@@ -181,17 +193,24 @@ def test_values_of_all_turns_are_joined_and_ratios_are_of_one_round() -> None:
         keys={
             "fast": Key(value=rate("s")),
             "slow_ms": Key(value=lambda turn: 1000 * float(turn["s"][0]), less_is_better=True),
+            "growth": Key(value=ratio("t", "s"), less_is_better=True, is_ratio=True),
         },
     )
     turns = {
-        "": [{"rows": 10, "s": [1.0]}, {"rows": 10, "s": [2.0]}, {"rows": 10, "s": [4.0]}],
-        "peer_": [{"rows": 10, "s": [10.0]}, {"rows": 10, "s": [10.0]}, {"rows": 10, "s": [10.0]}],
+        "": [
+            {"rows": 10, "s": [1.0], "t": [2.0]},
+            {"rows": 10, "s": [2.0], "t": [20.0]},
+            {"rows": 10, "s": [4.0], "t": [12.0]},
+        ],
+        "peer_": [{"rows": 10, "s": [10.0], "t": [20.0]}] * 3,
     }
 
     result = summarise(measurement, turns)
 
-    assert join(turns[""]) == {"rows": 10, "s": [1.0, 2.0, 4.0]}
+    assert join(turns[""]) == {"rows": 10, "s": [1.0, 2.0, 4.0], "t": [2.0, 20.0, 12.0]}
     assert (result["fast"], result["peer_fast"]) == (5.0, 1.0)
+    assert result["growth"] == 3.0, "the median of 2, 10 and 3; the ratio of the medians is 6"
+    assert result["spread"]["growth"] == {"median": 3.0, "min": 2.0, "max": 10.0}
     assert result["over_peer"]["fast"] == {"median": 5.0, "min": 2.5, "max": 10.0}
     assert result["over_peer"]["slow_ms"]["median"] == 5.0
 

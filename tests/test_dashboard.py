@@ -655,6 +655,34 @@ def test_a_job_that_cannot_be_deleted_is_asked_about_again(visit: Opens, watch: 
     expect(page.locator("h1")).to_have_text("another name")
 
 
+def test_who_has_left_a_job_that_cannot_be_deleted_does_not_follow_it(visit: Opens, watch: Watch) -> None:
+    watch.expected = ("503 (Service Unavailable)",)
+    page = visit()
+    open_job(page, "job_0006")
+    deletions: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if route.request.method == "DELETE":
+            deletions.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/v1/jobs/job_0006", hold)
+    with page.expect_request(lambda request: request.method == "DELETE"):
+        page.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete the job").click()
+    show(page, "#/")
+    expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
+    followed: list[str] = []
+    page.on("request", lambda request: followed.append(request.url))
+    with page.expect_response(lambda response: response.request.method == "DELETE"):
+        deletions[0].fulfill(status=503, json={"title": "busy", "detail": "The disk is busy. Try again."})
+    for _ in range(5):  # answers take their turns: one that is asked for later comes later
+        page.evaluate("fetch('/v1/jobs/job_0006')")
+    assert followed, "the page's requests are not seen"
+    assert [url for url in followed if "/events" in url] == []
+
+
 def test_name_priority_and_labels_of_a_job_are_changed(visit: Opens, service: Service) -> None:
     page = visit()
     open_job(page, "job_0005", "/config")

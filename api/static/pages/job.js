@@ -183,11 +183,11 @@ export class Job {
       abandon();
       try {
         await remove(jobPath(this.#id));
-        location.hash = "#/";
       } catch (error) {
-        this.#feed.start().catch(() => {}); // why it cannot is about to be said
+        if (this.element.isConnected) this.#feed.start().catch(() => {}); // why it cannot is about to be said
         throw error;
       }
+      if (this.element.isConnected) location.hash = "#/";
     });
   }
 
